@@ -1,0 +1,78 @@
+"""Validation at the door and look-up in the tables, shared by the three packages."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless `value` is a finite number above zero."""
+    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"`{name}` must be a finite number > 0, got {value!r}.")
+
+
+def check_ordered(low_name: str, low: float, high_name: str, high: float) -> None:
+    """Raise unless 0 < low < high, both finite."""
+    check_positive(low_name, low)
+    check_positive(high_name, high)
+    if not low < high:
+        raise ValueError(f"`{low_name}` must be < `{high_name}`, got {low_name}={low}, {high_name}={high}.")
+
+
+def check_state(name: str, x: Any) -> None:
+    """Raise unless `x` is a floating-point tensor with a batch dimension."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` must be a tensor of shape (B, *D), got {type(x).__name__}.")
+    if not x.is_floating_point():
+        raise TypeError(f"`{name}` must be floating point, got {x.dtype}; convert it with `.float()`.")
+    if x.ndim < 1 or x.shape[0] == 0:
+        raise ValueError(f"`{name}` must have shape (B, *D) with B >= 1, got {tuple(x.shape)}.")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean …?' for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """Entry `name` of `table`; an unknown name lists the known ones and suggests the nearest."""
+    if name not in table:
+        known = ", ".join(sorted(table))
+        raise ValueError(f"Unknown {what} {name!r}; known: {known}.{did_you_mean(str(name), table)}")
+    return table[name]
+
+
+def options_of(cls: Any) -> dict[str, Any]:
+    """Constructor options of `cls` with their defaults (`inspect.Parameter.empty` where there is none)."""
+    parameters = inspect.signature(cls).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def build(table: Mapping[str, Any], section: Mapping[str, Any], what: str, **given: Any) -> Any:
+    """Build the class that a config section names: ``{"name": "vp", "vp": {"beta_max": 10.0}}``.
+
+    Args:
+        table: name -> class (or factory).
+        section: `name`, and one sub-section of options per name; only the named one is read.
+        what: how errors call the thing, e.g. ``"sde"``.
+        **given: options from code; they win over the section's.
+
+    Raises:
+        ValueError: for an unknown name or an option that the constructor does not have.
+    """
+    name = section["name"]
+    cls = lookup(table, name, what)
+    options = {**dict(section.get(name) or {}), **given}
+    accepted = options_of(cls)
+    for key in options:
+        if key not in accepted:
+            raise ValueError(
+                f"{what} {name!r} has no option {key!r}; accepted: {', '.join(accepted) or 'none'}."
+                f"{did_you_mean(key, accepted)}"
+            )
+    return cls(**options)

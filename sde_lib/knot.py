@@ -1,0 +1,155 @@
+r"""A `Knot`: everything a solver needs to know about one time, in float64.
+
+Notation (all packages): time runs from t = 0 (data) to t = T (prior), a step goes from `t` to `s`, and
+
+.. math:: p(x_t \mid x_0) = N(\alpha_t x_0,\ \sigma_t^2 I), \qquad \lambda_t = \log(\alpha_t / \sigma_t).
+
+`alpha` and `sigma` are scales (not variances); `half_log_snr` is :math:`\lambda`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sde_lib import _math as m
+from sde_lib._math import Real
+
+if TYPE_CHECKING:
+    from sde_lib.reverse import ReverseSDE
+
+
+class Law(Protocol):
+    """What knots come from: a continuous `SDE`, or a `Chain` that discretizes one."""
+
+    t_min: float
+    t_max: float
+
+    @property
+    def prior_std(self) -> float: ...
+    def f(self, t: Any) -> Any: ...
+    def g2(self, t: Any) -> Any: ...
+    def rates(self, t: Any) -> tuple[Any, Any]: ...
+    def knot(self, t: Any, ndim: int = 1) -> Knot: ...
+    def knot_at(self, half_log_snr: Any) -> Knot: ...
+    def reverse(self, **prediction: Any) -> ReverseSDE: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Knot:
+    """One time and its coefficients.
+
+    On a fixed grid every field is a Python float: coefficients are computed on the host in float64 and reach the
+    device as scalar arguments. Where each sample has its own time the fields are float64 tensors of shape
+    (B, 1, …, 1), ready to multiply a (B, *D) state. Step formulas use `sde_lib._math` and serve both.
+
+    Attributes:
+        t: time.
+        alpha: signal scale.
+        sigma: noise scale (standard deviation); 0 at the data end.
+        half_log_snr: log(alpha / sigma); +inf where sigma = 0, -inf where alpha = 0.
+        label: what a score function of this law is called with: the time on an SDE, the index on a chain.
+        law: the SDE or chain that the knot belongs to.
+    """
+
+    t: Real
+    alpha: Real
+    sigma: Real
+    half_log_snr: Real
+    label: Any
+    law: Law | None = None
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether every sample has its own time."""
+        return isinstance(self.t, Tensor)
+
+    @property
+    def is_data(self) -> bool:
+        """Whether this is the noise-free end (alpha = 1, sigma = 0), where no network is ever evaluated."""
+        return not isinstance(self.sigma, Tensor) and self.sigma == 0.0
+
+    @property
+    def f(self) -> Real:
+        """Drift coefficient of dx = f x dt + g dw. Raises ValueError on a chain, which has none."""
+        return self._law().f(self.t)
+
+    @property
+    def g2(self) -> Real:
+        """Squared diffusion coefficient g^2. Raises ValueError on a chain, which has none."""
+        return self._law().g2(self.t)
+
+    @property
+    def rates(self) -> tuple[Real, Real]:
+        """(d alpha / dt, d sigma / dt). Raises ValueError on a chain, which has none."""
+        return self._law().rates(self.t)
+
+    def _law(self) -> Law:
+        if self.law is None:
+            raise ValueError("The data end (sigma = 0) has no drift or diffusion: nothing is evaluated there.")
+        return self.law
+
+    def spread(self, value: Real | int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`value` (of this knot) as a (B,) tensor on the device of `x`: what networks are called with."""
+        if dtype is None:
+            dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+        if isinstance(value, Tensor):
+            return value.reshape(-1).to(dtype)
+        return torch.full((x.shape[0],), value, dtype=dtype, device=x.device)
+
+    def select(self, rows: Tensor) -> Knot:
+        """The knot of the given rows (an index or mask over samples)."""
+        if not self.per_sample:
+            return self
+
+        def pick(value: Any) -> Any:
+            return value[rows] if isinstance(value, Tensor) else value
+
+        return Knot(
+            pick(self.t), pick(self.alpha), pick(self.sigma), pick(self.half_log_snr), pick(self.label), self.law
+        )
+
+
+DATA = Knot(t=0.0, alpha=1.0, sigma=0.0, half_log_snr=math.inf, label=-1)
+"""The noise-free end: alpha = 1, sigma = 0."""
+
+
+class Kernel(NamedTuple):
+    """x_t | x_s ~ N(scale x_s, std^2 I)."""
+
+    scale: Real
+    std: Real
+
+
+class Posterior(NamedTuple):
+    """x_s | x_t, x_0 ~ N(x_t x_t + x_0 x_0, std^2 I): the coefficients of x_t and x_0, and the standard deviation."""
+
+    x_t: Real
+    x_0: Real
+    std: Real
+
+
+def noise_fraction(s: Knot, t: Knot) -> Real:
+    r"""Share of the noise variance at `t` that was added after `s` (the cleaner one).
+
+    .. math:: 1 - e^{2(\lambda_t - \lambda_s)} = \mathrm{Var}(x_t \mid x_s) / \sigma_t^2 \in [0, 1]
+
+    Through expm1, never as a difference of variances.
+    """
+    return -m.expm1(2.0 * (t.half_log_snr - s.half_log_snr))
+
+
+def transition(s: Knot, t: Knot) -> Kernel:
+    """Forward kernel from `s` to the noisier `t`."""
+    return Kernel(t.alpha / s.alpha, t.sigma * m.sqrt(noise_fraction(s, t)))
+
+
+def posterior(s: Knot, t: Knot) -> Posterior:
+    """Law of x_s given x_t and x_0, by Bayes (Ho et al. 2020, arXiv:2006.11239, eqs. 6-7, for any linear SDE)."""
+    new = noise_fraction(s, t)
+    ratio = s.sigma / t.sigma
+    return Posterior(t.alpha / s.alpha * ratio * ratio, s.alpha * new, s.sigma * m.sqrt(new))

@@ -1,0 +1,199 @@
+r"""What a score network says at one time, and every view of it.
+
+A network may be trained to output the noise, the data, the score, v, the flow or EDM's target. All of them are
+linear in the pair (E[x_0 | x], E[eps | x]):
+
+.. math:: F = p\, \hat x_0 + q\, \hat\epsilon, \qquad x = \alpha \hat x_0 + \sigma \hat\epsilon,
+
+so any wanted combination :math:`G = a\, \hat x_0 + b\, \hat\epsilon` is a weighted sum of x and F,
+
+.. math:: G = \frac{(a q - b p)\, x + (\alpha b - \sigma a)\, F}{\alpha q - \sigma p},
+
+without passing through a third quantity: the score of a data prediction, or the data of a v prediction, loses no
+digits at either end of time. A DDIM step is the same formula with (a, b) = (alpha_s, sigma_s).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sde_lib import _math as m
+from sde_lib._checks import check_positive
+from sde_lib._math import Real
+from sde_lib.knot import Knot
+
+
+class Parameterization:
+    """What the raw output F of a network stands for: F = p x_0 + q eps."""
+
+    def coefficients(self, knot: Knot) -> tuple[Real, Real]:
+        """(p, q) at a knot."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NoisePrediction(Parameterization):
+    """F = eps (Ho et al. 2020)."""
+
+    def coefficients(self, knot: Knot) -> tuple[Real, Real]:
+        return 0.0, 1.0
+
+
+@dataclass(frozen=True)
+class DataPrediction(Parameterization):
+    """F = E[x_0 | x]."""
+
+    def coefficients(self, knot: Knot) -> tuple[Real, Real]:
+        return 1.0, 0.0
+
+
+@dataclass(frozen=True)
+class ScorePrediction(Parameterization):
+    """F = grad log p_t = -eps / sigma (Song et al. 2021, arXiv:2011.13456)."""
+
+    def coefficients(self, knot: Knot) -> tuple[Real, Real]:
+        return 0.0, -1.0 / knot.sigma
+
+
+@dataclass(frozen=True)
+class VPrediction(Parameterization):
+    """F = v = alpha eps - sigma x_0 (Salimans & Ho 2022, arXiv:2202.00512)."""
+
+    def coefficients(self, knot: Knot) -> tuple[Real, Real]:
+        return -knot.sigma, knot.alpha
+
+
+@dataclass(frozen=True)
+class FlowPrediction(Parameterization):
+    """F = eps - x_0 (rectified flow; Liu et al. 2022, arXiv:2209.03003, with t = 0 at the data)."""
+
+    def coefficients(self, knot: Knot) -> tuple[Real, Real]:
+        return -1.0, 1.0
+
+
+@dataclass(frozen=True)
+class EDMPrediction(Parameterization):
+    r"""Karras et al. 2022, arXiv:2206.00364, Table 1: D = c_skip y + c_out F in y = x / alpha.
+
+    With :math:`r^2 = \sigma^2 + \alpha^2 \sigma_d^2` this is
+    :math:`F = (\sigma x_0 / \sigma_d - \alpha \sigma_d\, \epsilon) / r`, a target of unit variance at every noise
+    level when the data have standard deviation `sigma_data`.
+
+    Args:
+        sigma_data: standard deviation of the data in model units, > 0.
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_positive("sigma_data", self.sigma_data)
+
+    def coefficients(self, knot: Knot) -> tuple[Real, Real]:
+        r = m.sqrt(knot.sigma * knot.sigma + (knot.alpha * self.sigma_data) * (knot.alpha * self.sigma_data))
+        return knot.sigma / (self.sigma_data * r), -self.sigma_data * knot.alpha / r
+
+
+PARAMETERIZATIONS: Mapping[str, type[Parameterization]] = {
+    "noise": NoisePrediction,
+    "data": DataPrediction,
+    "score": ScorePrediction,
+    "v": VPrediction,
+    "flow": FlowPrediction,
+    "edm": EDMPrediction,
+}
+
+
+def weighted_sum(x: Tensor, a: Real, y: Tensor, b: Real) -> Tensor:
+    """a x + b y; float weights ride along as scalars, per-sample weights are cast to the state's dtype."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        a = a.to(x.dtype) if isinstance(a, Tensor) else a
+        b = b.to(x.dtype) if isinstance(b, Tensor) else b
+        return a * x + b * y
+    if a == 0.0:
+        return y if b == 1.0 else y * b
+    return (x * a).add_(y, alpha=b)
+
+
+class Prediction:
+    """The raw output F of one network call at (x, knot), with its views computed when asked.
+
+    Attributes:
+        x: state, shape (B, *D).
+        knot: the time it was evaluated at.
+        raw: network output in the dtype of `x`, shape (B, *D).
+        parameterization: what `raw` stands for.
+    """
+
+    __slots__ = ("_pq", "knot", "parameterization", "raw", "x")
+
+    def __init__(self, x: Tensor, knot: Knot, raw: Tensor, parameterization: Parameterization) -> None:
+        self.x, self.knot, self.parameterization = x, knot, parameterization
+        self.raw = raw if raw.dtype == x.dtype else raw.to(x.dtype)
+        self._pq = parameterization.coefficients(knot)
+
+    def weights(self, data: Real, noise: Real) -> tuple[Real, Real]:
+        """Weights (of x, of raw) that give `data` x_0 + `noise` eps."""
+        p, q = self._pq
+        alpha, sigma = self.knot.alpha, self.knot.sigma
+        det = alpha * q - sigma * p
+        if isinstance(det, float) and det == 0.0:
+            name = type(self.parameterization).__name__
+            raise ValueError(
+                f"{name} does not determine the data at alpha = {alpha}, sigma = {sigma} (t = {self.knot.t}): "
+                "start at a time with alpha > 0, or use a data, v, flow or edm parameterization."
+            )
+        return (data * q - noise * p) / det, (alpha * noise - sigma * data) / det
+
+    def mix(self, data: Real, noise: Real) -> Tensor:
+        """`data` E[x_0 | x] + `noise` E[eps | x] as one weighted sum of x and the raw output."""
+        a, b = self.weights(data, noise)
+        return weighted_sum(self.x, a, self.raw, b)
+
+    @property
+    def data(self) -> Tensor:
+        """E[x_0 | x_t = x]."""
+        return self.mix(1.0, 0.0)
+
+    @property
+    def noise(self) -> Tensor:
+        """E[eps | x_t = x] = -sigma score."""
+        return self.mix(0.0, 1.0)
+
+    @property
+    def score(self) -> Tensor:
+        """grad_x log p_t(x)."""
+        return self.mix(0.0, -1.0 / self.knot.sigma)
+
+    @property
+    def v(self) -> Tensor:
+        """alpha eps - sigma x_0."""
+        return self.mix(-self.knot.sigma, self.knot.alpha)
+
+    @property
+    def flow(self) -> Tensor:
+        """eps - x_0."""
+        return self.mix(-1.0, 1.0)
+
+    @property
+    def velocity(self) -> Tensor:
+        r"""dx/dt of the probability-flow ODE, :math:`f x - \tfrac12 g^2 \nabla\log p_t = \alpha' x_0 + \sigma' \epsilon`.
+
+        Song et al. 2021, eq. 13. Raises ValueError on a chain, which has no continuous time.
+        """
+        return self.mix(*self.knot.rates)
+
+    @property
+    def drift(self) -> Tensor:
+        r"""Drift of the reverse SDE, :math:`f x - g^2 \nabla\log p_t` (Song et al. 2021, eq. 6).
+
+        Raises ValueError on a chain, which has no continuous time.
+        """
+        f, g2 = self.knot.f, self.knot.g2
+        return self.mix(f * self.knot.alpha, f * self.knot.sigma + g2 / self.knot.sigma)
+
+    def replace(self, raw: Tensor, parameterization: Parameterization | None = None) -> Prediction:
+        """The same point with another output: what guidance and clipping return."""
+        return Prediction(self.x, self.knot, raw, parameterization or self.parameterization)
