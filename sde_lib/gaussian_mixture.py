@@ -52,7 +52,8 @@ class GaussianMixture:
                 raise ValueError("`covariances` must be symmetric.")
             variances, self._basis = torch.linalg.eigh(covariances)
             if variances.min() < -1e-10 * variances.abs().max():
-                raise ValueError(f"`covariances` must be positive semi-definite, smallest eigenvalue {variances.min()}.")
+                low = float(variances.min())
+                raise ValueError(f"`covariances` must be positive semi-definite, smallest eigenvalue {low}.")
             variances = variances.clamp(min=0.0)
         else:
             stds = torch.as_tensor(std, dtype=torch.float64)

@@ -179,7 +179,10 @@ class Prediction:
 
     @property
     def velocity(self) -> Tensor:
-        r"""dx/dt of the probability-flow ODE, :math:`f x - \tfrac12 g^2 \nabla\log p_t = \alpha' x_0 + \sigma' \epsilon`.
+        r"""dx/dt of the probability-flow ODE.
+
+        :math:`f x - \tfrac12 g^2 \nabla\log p_t = \alpha' x_0 + \sigma' \epsilon`; the second form is the one
+        computed, for it is finite where f and g are not.
 
         Song et al. 2021, eq. 13. Raises ValueError on a chain, which has no continuous time.
         """

@@ -21,8 +21,8 @@ class ReverseSDE:
         law: SDE or chain.
         network: ``network(x, knot, **condition) -> Tensor`` of the shape of x.
         parameterization: what the network's output stands for.
-        condition: keyword arguments of every network call. Tensors whose first dimension is the batch are sliced
-            along with it.
+        condition: keyword arguments of every network call. A tensor with dimensions has the batch first and is
+            sliced along with it; scalars are shared.
     """
 
     nfe_per_call = 1
@@ -49,15 +49,13 @@ class ReverseSDE:
         """The same reverse SDE under (additional) conditions."""
         return ReverseSDE(self.law, self.network, self.parameterization, {**self.condition, **condition})
 
-    def select(self, rows: Tensor, batch: int) -> ReverseSDE:
-        """The reverse SDE of some rows of a batch of size `batch`: slices the conditions that have one."""
+    def select(self, rows: Tensor) -> ReverseSDE:
+        """The reverse SDE of some rows of the batch: slices every condition that is a tensor with dimensions."""
         if not self.condition:
             return self
-        sliced = {
-            k: v[rows] if isinstance(v, Tensor) and v.ndim and v.shape[0] == batch else v
-            for k, v in self.condition.items()
-        }
-        return self.given(**sliced)
+        return self.given(
+            **{k: v[rows] if isinstance(v, Tensor) and v.ndim else v for k, v in self.condition.items()}
+        )
 
 
 def reverse_from_function(

@@ -161,9 +161,14 @@ class SDE(ABC):
         return Knot(t, m.exp(log_alpha), m.exp(log_sigma), log_alpha - log_sigma, t, self)
 
     def knot_at(self, half_log_snr: Real) -> Knot:
-        """The knot with the given lambda (a float, or a tensor already shaped to multiply the state)."""
+        """The knot with the given lambda (a float, or a tensor already shaped to multiply the state).
+
+        Its time is clamped to [t_min, t_max], so that rounding never leaves the domain of the model.
+        """
         t = self._time_at(half_log_snr)
-        return self.knot(t, ndim=t.ndim) if isinstance(t, Tensor) else self.knot(t)
+        if isinstance(t, Tensor):
+            return self.knot(t.clamp(self.t_min, self.t_max), ndim=t.ndim)
+        return self.knot(min(max(t, self.t_min), self.t_max))
 
     def discretize(self, n: int) -> Chain:
         """The exact marginals at t_i = t_min + (t_max - t_min) i / (n - 1), as a chain of n steps."""

@@ -1,0 +1,50 @@
+"""The embedded data: scikit-learn's handwritten digits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from scoresde.data.dataset import Dataset, check_held_out, split
+from scoresde.score_model import DataSpec
+
+
+@dataclass(frozen=True)
+class Digits:
+    """1797 handwritten digits of 8 x 8 pixels with the 17 grey levels 0 … 16, in ten classes.
+
+    They come inside scikit-learn: real images without a download. Model units are [-1, 1].
+
+    Source: E. Alpaydin & C. Kaynak 1998, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+    Repository (its test set).
+
+    Args:
+        held_out: fraction kept from training, in (0, 1).
+        seed: of the split. The order of the samples in training has its own seed.
+        labels: whether the digit is given to the network as a class.
+
+    Raises:
+        ValueError: for a fraction outside (0, 1).
+        ImportError: at `load` without scikit-learn.
+    """
+
+    held_out: float = 0.2
+    seed: int = 0
+    labels: bool = True
+
+    def __post_init__(self) -> None:
+        check_held_out(self.held_out)
+
+    def load(self) -> Dataset:
+        """Read and split; data are uint8 of shape (N, 1, 8, 8)."""
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ImportError("The digits come with scikit-learn: pip install scoresde[train]") from error
+        images, digits = load_digits(return_X_y=True)
+        data = torch.from_numpy(images).to(torch.uint8).reshape(-1, 1, 8, 8)
+        classes = torch.from_numpy(digits).long() if self.labels else None
+        train, held_out = split(data, classes, self.held_out, self.seed)
+        spec = DataSpec((1, 8, 8), shift=8.5, scale=8.5, levels=17, num_classes=10 if self.labels else 0)
+        return Dataset("digits", train, held_out, spec)

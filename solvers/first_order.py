@@ -1,0 +1,165 @@
+r"""First-order solvers: one network call, then a weighted sum of data, noise and fresh noise.
+
+.. math:: x_s = a\,\hat x_0 + b\,\hat\epsilon + c\,z.
+
+Each class states (a, b, c) for a step from t to s, straight from its equation; the sum itself is one formula
+(`Prediction.mix`), so that no method pays for forming x_0 and eps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sde_lib import Knot, noise_fraction, posterior, transition
+from sde_lib import _math as m
+from sde_lib._math import Real
+from solvers.noise import Draw
+from solvers.solver import Past, Solver, Step
+
+VARIANCES = ("small", "large")
+
+
+class FirstOrder(Solver):
+    """Base: a subclass gives `coefficients`."""
+
+    def coefficients(self, t: Knot, s: Knot) -> tuple[Real, Real, Real]:
+        """Weights of x_0, eps and z in the state at s."""
+        raise NotImplementedError
+
+    def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+        """One network call at (x, t)."""
+        data, noise, std = self.coefficients(t, s)
+        prediction = rev(x, t)
+        x_s = prediction.mix(data, noise)
+        if isinstance(std, Tensor):
+            x_s = x_s + std.to(x.dtype) * draw(t, s)
+        elif std != 0.0:
+            x_s = x_s.add_(draw(t, s), alpha=std) if x_s is not prediction.raw else x_s + std * draw(t, s)
+        return Step(x_s, prediction)
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(FirstOrder):
+    r"""Euler-Maruyama on the reverse SDE.
+
+    :math:`x_s = x_t + (s - t)\,[f x - \tfrac{1 + \eta^2}{2} g^2 \nabla\log p_t] + \eta\, g \sqrt{t - s}\; z`.
+    Weak order 1. eta = 1 is the reverse SDE (Song et al. 2021, eq. 6), eta = 0 the probability-flow ODE (eq. 13)
+    by Euler's method. The step is the grid's own (score_sde uses 1 / N whatever the grid).
+
+    Args:
+        eta: factor on the standard deviation of the noise, >= 0.
+    """
+
+    eta: float = 1.0
+    needs_drift = True
+
+    def __post_init__(self) -> None:
+        _check_eta(self.eta)
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    def coefficients(self, t: Knot, s: Knot) -> tuple[Real, Real, Real]:
+        h = s.t - t.t
+        stay, g2 = 1.0 + h * t.f, t.g2
+        noise = stay * t.sigma + 0.5 * (1.0 + self.eta**2) * h * g2 / t.sigma
+        return stay * t.alpha, noise, self.eta * m.sqrt(-h * g2) if self.eta else 0.0
+
+
+@dataclass(frozen=True)
+class DDIM(FirstOrder):
+    r"""DDIM: exact for a constant data prediction.
+
+    :math:`x_s = \alpha_s \hat x_0 + \sigma_s (\sqrt{1 - \kappa}\,\hat\epsilon + \sqrt\kappa\, z)` with
+    :math:`\kappa = \eta^2 (1 - e^{2(\lambda_t - \lambda_s)})`. eta = 0 is the probability-flow ODE by the exponential
+    Euler method (also DPM-Solver-1), eta = 1 DDPM's ancestral step with the small variance. Weak order 1.
+
+    Source: Song et al. 2020, arXiv:2010.02502, eqs. 12 and 16, for any SDE. eta multiplies the standard deviation.
+
+    Args:
+        eta: 0 … 1.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_eta(self.eta)
+        if self.eta > 1:
+            raise ValueError(f"DDIM's `eta` must be <= 1, got {self.eta}.")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    def coefficients(self, t: Knot, s: Knot) -> tuple[Real, Real, Real]:
+        if self.eta == 0:
+            return s.alpha, s.sigma, 0.0
+        kappa = self.eta**2 * noise_fraction(s, t)
+        return s.alpha, s.sigma * m.sqrt(1.0 - kappa), s.sigma * m.sqrt(kappa)
+
+
+@dataclass(frozen=True)
+class Ancestral(FirstOrder):
+    r"""Ancestral sampling of the chain: the posterior of x_s given x_t and the predicted data.
+
+    Mean :math:`(x_t + \mathrm{Var}(x_t | x_s) \nabla\log p_t) / \alpha_{t|s}`; variance "small" the posterior's own,
+    "large" that of the forward kernel. DDPM on ``VPSDE().discretize(n)`` (Ho et al. 2020, Algorithm 2 and section
+    3.2), SMLD's on ``VESDE().discretize(n)`` (Song et al. 2021, eqs. 4 and 47), and the same step on every SDE.
+    Weak order 1. The step to the data adds no noise.
+
+    Args:
+        variance: "small" or "large".
+    """
+
+    variance: str = "small"
+
+    def __post_init__(self) -> None:
+        if self.variance not in VARIANCES:
+            raise ValueError(f'`variance` must be "small" or "large", got {self.variance!r}.')
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def coefficients(self, t: Knot, s: Knot) -> tuple[Real, Real, Real]:
+        post = posterior(s, t)
+        std = post.std if self.variance == "small" else transition(s, t).std
+        return post.x_t * t.alpha + post.x_0, post.x_t * t.sigma, std
+
+
+@dataclass(frozen=True)
+class ReverseDiffusion(FirstOrder):
+    r"""The reverse-diffusion predictor: the reverse SDE discretized like the forward one.
+
+    With the forward kernel :math:`x_t = a x_s + \sqrt v\, z` of the interval,
+    :math:`x_s = (2 - a) x_t + v \nabla\log p_t + \sqrt v\, z`. Weak order 1.
+
+    Source: Song et al. 2021, eq. 46 (probability flow: eq. 47's discretization, half the score and no noise), with
+    the kernel of the grid's own interval, so that any grid of any SDE can be walked.
+
+    Args:
+        probability_flow: half the score term and no noise.
+    """
+
+    probability_flow: bool = False
+
+    @property
+    def stochastic(self) -> bool:
+        return not self.probability_flow
+
+    def coefficients(self, t: Knot, s: Knot) -> tuple[Real, Real, Real]:
+        a, std = transition(s, t)
+        stay = 2.0 - a
+        if self.probability_flow:
+            return stay * t.alpha, stay * t.sigma - 0.5 * std * std / t.sigma, 0.0
+        return stay * t.alpha, stay * t.sigma - std * std / t.sigma, std
+
+
+def _check_eta(eta: float) -> None:
+    if not isinstance(eta, int | float) or not 0 <= eta < math.inf:
+        raise ValueError(f"`eta` must be a finite number >= 0, got {eta!r}.")

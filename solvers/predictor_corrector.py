@@ -1,0 +1,184 @@
+"""Predictor-corrector sampling: a solver step, then Markov-chain moves that leave p_t (nearly) unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sde_lib import Knot, lookup
+from sde_lib._checks import check_positive
+from sde_lib._math import Real
+from solvers.first_order import DDIM, Ancestral, EulerMaruyama, ReverseDiffusion
+from solvers.noise import Draw
+from solvers.solver import Past, Solver, Step
+
+NORMS = ("sample", "batch")
+
+
+@dataclass(frozen=True)
+class Corrector:
+    """Base: `steps` Langevin moves x <- x + e score + sqrt(2 e) z; a subclass gives the step size e."""
+
+    snr: float = 0.16
+    steps: int = 1
+    batch_coupled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_positive("snr", self.snr)
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"`steps` must be an int >= 1, got {self.steps!r}.")
+
+    def size(self, score: Tensor, z: Tensor, at: Knot, shrink: Real) -> Real:
+        """Step size e; `shrink` is (alpha_t / alpha_s)^2 of the solver's step."""
+        raise NotImplementedError
+
+    def correct(self, rev: Any, x: Tensor, at: Knot, shrink: Real, draw: Draw) -> Tensor:
+        """Move x, a sample of p at the knot `at`."""
+        for i in range(self.steps):
+            score = rev(x, at).score
+            z = draw.normal("corrector", at.half_log_snr, i)
+            e = self.size(score, z, at, shrink)
+            if isinstance(e, Tensor):
+                e = e.to(x.dtype)
+                x = x + e * score + (2.0 * e).sqrt() * z
+            else:
+                x = torch.add(x, score, alpha=e).add_(z, alpha=(2.0 * e) ** 0.5)
+        return x
+
+
+@dataclass(frozen=True)
+class Langevin(Corrector):
+    r"""Langevin dynamics with the step size set by a signal-to-noise ratio r.
+
+    :math:`e = 2 a (r \|z\| / \|\nabla\log p\|)^2` with :math:`a = (\alpha_t / \alpha_s)^2` of the solver's step:
+    1 - beta_i on DDPM's chain, 1 on VE, and defined on every SDE.
+
+    Source: Song et al. 2021, Algorithms 4 and 5. Norms are taken per sample; the published code averages them over
+    the batch (``norm="batch"``), so that a sample there depends on its batch mates.
+
+    Args:
+        snr: r, > 0; 0.16 is the published value for VE on CIFAR-10 (VP: 0.01).
+        steps: moves per solver step.
+        norm: "sample" or "batch".
+    """
+
+    norm: str = "sample"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.norm not in NORMS:
+            raise ValueError(f'`norm` must be "sample" or "batch", got {self.norm!r}.')
+
+    @property
+    def batch_coupled(self) -> bool:  # type: ignore[override]
+        return self.norm == "batch"
+
+    def size(self, score: Tensor, z: Tensor, at: Knot, shrink: Real) -> Real:
+        z_norm, score_norm = (torch.linalg.vector_norm(v.reshape(len(v), -1), dim=1) for v in (z, score))
+        if self.norm == "batch":
+            z_norm, score_norm = z_norm.mean().expand_as(z_norm), score_norm.mean().expand_as(score_norm)
+        ratio = (self.snr * z_norm / score_norm).reshape(-1, *[1] * (score.ndim - 1))
+        scale = shrink.to(ratio.dtype) if isinstance(shrink, Tensor) else shrink
+        return 2.0 * scale * ratio * ratio
+
+
+@dataclass(frozen=True)
+class AnnealedLangevin(Corrector):
+    r"""Langevin dynamics with a step size proportional to the noise variance: :math:`e = 2 a (r \sigma)^2`.
+
+    Source: Song & Ermon 2019, arXiv:1907.05600, Algorithm 1, in the normalization of Song et al. 2021's code.
+
+    Args:
+        snr: r, > 0.
+        steps: moves per solver step.
+    """
+
+    def size(self, score: Tensor, z: Tensor, at: Knot, shrink: Real) -> Real:
+        return 2.0 * shrink * (self.snr * at.sigma) * (self.snr * at.sigma)
+
+
+CORRECTORS: Mapping[str, type[Corrector]] = {"langevin": Langevin, "annealed_langevin": AnnealedLangevin}
+"""Name -> class."""
+
+PREDICTORS: Mapping[str, type[Solver]] = {
+    "euler_maruyama": EulerMaruyama,
+    "reverse_diffusion": ReverseDiffusion,
+    "ancestral": Ancestral,
+    "ddim": DDIM,
+}
+"""Predictors that a config may name; any fixed-step solver will do in code."""
+
+
+@dataclass(frozen=True)
+class PredictorCorrector(Solver):
+    """A predictor step from t to s, then corrector moves at s (Song et al. 2021, Algorithm 1).
+
+    Every predictor goes with every corrector on every SDE. A run that is to end in clean samples asks for
+    ``end="denoise"``: the posterior mean at the last knot, also when there is no predictor.
+
+    Args:
+        predictor: any fixed-step solver, its name, or None (the state is carried over: annealed Langevin).
+        corrector: a `Corrector`, its name, or None.
+        corrector_first: correct at t before the step, as the published code does; the paper's order is the default.
+    """
+
+    predictor: Solver | str | None = "reverse_diffusion"
+    corrector: Corrector | str | None = "langevin"
+    corrector_first: bool = False
+    _predictor: Solver | None = field(init=False, repr=False, compare=False)
+    _corrector: Corrector | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        predictor, corrector = self.predictor, self.corrector
+        if isinstance(predictor, str):
+            predictor = lookup(PREDICTORS, predictor, "predictor")()
+        if isinstance(corrector, str):
+            corrector = lookup(CORRECTORS, corrector, "corrector")()
+        if predictor is not None and (not isinstance(predictor, Solver) or predictor.adaptive):
+            raise TypeError(f"`predictor` must be a fixed-step solver, its name or None, got {predictor!r}.")
+        if corrector is not None and not isinstance(corrector, Corrector):
+            raise TypeError(f"`corrector` must be a Corrector, its name or None, got {corrector!r}.")
+        if predictor is None and corrector is None:
+            raise ValueError("A predictor-corrector needs a predictor or a corrector.")
+        object.__setattr__(self, "_predictor", predictor)
+        object.__setattr__(self, "_corrector", corrector)
+
+    @property
+    def order(self) -> int:  # type: ignore[override]
+        """The predictor's; 0 with a corrector, whose own bias does not vanish with the number of steps."""
+        return self._predictor.order if self._predictor is not None and self._corrector is None else 0
+
+    @property
+    def nfe_per_step(self) -> int:  # type: ignore[override]
+        predictor = 0 if self._predictor is None else self._predictor.nfe_per_step
+        return predictor + (0 if self._corrector is None else self._corrector.steps)
+
+    @property
+    def needs_drift(self) -> bool:  # type: ignore[override]
+        return self._predictor is not None and self._predictor.needs_drift
+
+    @property
+    def stochastic(self) -> bool:
+        return self._corrector is not None or (self._predictor is not None and self._predictor.stochastic)
+
+    @property
+    def batch_coupled(self) -> bool:
+        return (self._corrector is not None and self._corrector.batch_coupled) or (
+            self._predictor is not None and self._predictor.batch_coupled
+        )
+
+    def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+        """Predict, then correct at s; or correct at t, then predict."""
+        shrink = (t.alpha / s.alpha) * (t.alpha / s.alpha)
+        if self.corrector_first and self._corrector is not None:
+            x = self._corrector.correct(rev, x, t, shrink, draw)
+        prediction = None
+        if self._predictor is not None:
+            x, prediction, *_ = self._predictor.step(rev, x, t, s, (), draw)
+        if not self.corrector_first and self._corrector is not None:
+            x = self._corrector.correct(rev, x, s, shrink, draw)
+        return Step(x, prediction)

@@ -1,0 +1,217 @@
+"""The driver: one entry for every solver, grid, noise and law."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sde_lib import Knot, ReverseSDE
+from sde_lib._checks import check_state
+from solvers.grids import GridLike, make_knots
+from solvers.noise import Draw, Rng, as_draw
+from solvers.solver import Callback, Hooks, Outcome, Project, Solution, Solver, SolverError, Status
+
+
+def solve(
+    rev: ReverseSDE,
+    x_T: Tensor,
+    solver: Solver,
+    *,
+    steps: int | None = None,
+    nfe: int | None = None,
+    grid: GridLike = None,
+    end: str = "stop",
+    rng: Rng = None,
+    condition: Mapping[str, Any] | None = None,
+    project: Project | None = None,
+    callback: Callback | None = None,
+    trajectory: bool = False,
+    strict: bool = False,
+    differentiable: bool = False,
+) -> Solution:
+    """Carry a state along a grid: from the prior down to the data, or upward (inversion) with a deterministic solver.
+
+    Args:
+        rev: the reverse SDE: ``sde.reverse(score=fn)``, ``model.reverse()`` or a wrapper of one.
+        x_T: state at the first knot, (B, *D), floating point.
+        solver: what steps.
+        steps: number of intervals.
+        nfe: budget of network calls per sample, instead of `steps`.
+        grid: a `Grid`, its name, a `Chain`, given times or knots; equal steps in time by default (the chain itself for
+            a model on a chain). See `make_knots`.
+        end: "stop" at the last time, or "denoise": one more call, for the posterior mean there.
+        rng: noise: an int, a list of ints (one per sample), a `torch.Generator`, a `Noise`, or None (torch's global
+            generator).
+        condition: keyword arguments for the network, batch first.
+        project: (x, knot, draw) -> x, applied at every knot: inpainting and other constraints.
+        callback: called with a `StepInfo` after each step.
+        trajectory: keep the states at all knots.
+        strict: raise `SolverError` if any sample fails, instead of warning and reporting its `status`.
+        differentiable: record the run for autograd; by default nothing is.
+
+    Returns:
+        The `Solution`. A failed run is replayed on the same noise to name the step and the quantity in its message.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together, before any step is taken.
+        SolverError: under `strict`.
+    """
+    _check_rev(rev)
+    check_state("x_T", x_T)
+    if not isinstance(solver, Solver):
+        raise TypeError(f"`solver` must be a Solver instance such as DDIM(), got {solver!r}.")
+    knots = _knots(rev, solver, steps, nfe, grid, end)
+    draw = as_draw(rng, x_T)
+    return _run(rev, x_T, solver, knots, draw, condition, project, callback, trajectory, strict, differentiable)
+
+
+def sample(
+    rev: ReverseSDE,
+    shape: Sequence[int],
+    solver: Solver,
+    *,
+    steps: int | None = None,
+    nfe: int | None = None,
+    grid: GridLike = None,
+    end: str = "denoise",
+    rng: Rng = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Solution:
+    """Draw from the prior, then `solve`. Ends with the posterior mean unless told to stop.
+
+    Args:
+        rev: the reverse SDE.
+        shape: (B, *D) of the samples.
+        solver: what steps.
+        steps: number of intervals.
+        nfe: budget of network calls per sample, instead of `steps`.
+        grid: as in `solve`; must start at the prior.
+        end: "denoise" (default) or "stop".
+        rng: noise, for the prior too.
+        dtype: of the state.
+        device: of the state.
+        **options: the remaining arguments of `solve`.
+    """
+    _check_rev(rev)
+    if not isinstance(solver, Solver):
+        raise TypeError(f"`solver` must be a Solver instance such as DDIM(), got {solver!r}.")
+    shape = tuple(shape)
+    if len(shape) < 1 or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"`shape` must be (B, *D) with positive ints, got {shape}.")
+    knots = _knots(rev, solver, steps, nfe, grid, end)
+    law = rev.law
+    first = float(knots[0].t)
+    if first < float(getattr(law, "drift_t_max", law.t_max)) * (1 - 1e-6):
+        raise ValueError(
+            f"sample() starts from the prior, at t = {law.t_max}, but this grid starts at t = {first}; "
+            "use solve() with a state of your own."
+        )
+    like = torch.empty(shape, dtype=dtype, device=device)
+    draw = as_draw(rng, like)
+    x_T = law.prior_std * draw.normal("prior")
+    extra: dict[str, Any] = {
+        "condition": None,
+        "project": None,
+        "callback": None,
+        "trajectory": False,
+        "strict": False,
+        "differentiable": False,
+    }
+    unknown = set(options) - set(extra)
+    if unknown:
+        raise TypeError(f"sample() got unknown argument(s) {', '.join(sorted(unknown))}; accepted: {', '.join(extra)}.")
+    return _run(rev, x_T, solver, knots, draw, **{**extra, **options})
+
+
+def _check_rev(rev: Any) -> None:
+    if not isinstance(rev, ReverseSDE):
+        raise TypeError(
+            f"`rev` must be a ReverseSDE (sde.reverse(score=fn) or model.reverse()), got {type(rev).__name__}."
+        )
+
+
+def _knots(
+    rev: ReverseSDE, solver: Solver, steps: int | None, nfe: int | None, grid: GridLike, end: str
+) -> tuple[Knot, ...]:
+    if nfe is not None:
+        if steps is not None:
+            raise ValueError(f"Give `steps` or `nfe`, not both (got steps={steps}, nfe={nfe}).")
+        steps = solver.steps_for(nfe, end)
+    elif steps is None and solver.adaptive:
+        steps = 1 if _spaced(grid) else None
+    knots = make_knots(rev.law, grid, steps, end, solver.needs_drift)
+    downward = knots[0].half_log_snr < knots[-1].half_log_snr
+    if not downward and solver.stochastic:
+        raise ValueError(
+            f"{type(solver).__name__} adds noise and runs downward only; invert with a deterministic solver."
+        )
+    return knots
+
+
+def _spaced(grid: GridLike) -> bool:
+    from solvers.grids import Grid
+
+    return grid is None or isinstance(grid, Grid | str)
+
+
+def _run(
+    rev: ReverseSDE,
+    x: Tensor,
+    solver: Solver,
+    knots: tuple[Knot, ...],
+    draw: Draw,
+    condition: Mapping[str, Any] | None,
+    project: Project | None,
+    callback: Callback | None,
+    trajectory: bool,
+    strict: bool,
+    differentiable: bool,
+) -> Solution:
+    if condition:
+        rev = rev.given(**condition)
+    hooks = Hooks(project, callback, trajectory)
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        outcome = solver.run(rev, x, knots, draw, hooks)
+        status = _status(outcome)
+        message = outcome.message
+        if not message and bool((status != Status.OK).any()):
+            message = _explain(rev, x, solver, knots, draw, project)
+    if message:
+        if strict:
+            raise SolverError(message)
+        warnings.warn(f"{type(solver).__name__}: {message}", RuntimeWarning, stacklevel=3)
+    calls = outcome.calls
+    nfe = calls if isinstance(calls, Tensor) else torch.full((len(x),), calls, dtype=torch.int64)
+    return Solution(
+        x=outcome.x,
+        nfe=nfe * rev.nfe_per_call,
+        times=torch.tensor([float(k.t) for k in knots], dtype=torch.float64),
+        trajectory=torch.stack(outcome.trajectory) if trajectory else None,
+        status=status,
+        stats=outcome.stats,
+        message=message,
+    )
+
+
+def _status(outcome: Outcome) -> Tensor:
+    """The one check of a run: a single look at the final state."""
+    finite = torch.isfinite(outcome.x.detach()).reshape(len(outcome.x), -1).all(1).cpu()
+    status = torch.zeros(len(finite), dtype=torch.int64) if outcome.status is None else outcome.status
+    return torch.where(finite, status, int(Status.NON_FINITE))
+
+
+def _explain(
+    rev: ReverseSDE, x: Tensor, solver: Solver, knots: tuple[Knot, ...], draw: Draw, project: Project | None
+) -> str:
+    """Replay the run on the same noise, checking every quantity, to name the first that is not finite."""
+    try:
+        solver.run(rev, x, knots, draw.restart(), Hooks(project=project, check=True))
+    except SolverError as error:
+        return str(error)
+    return "the final state is not finite, and a replay on the same noise did not reproduce it"

@@ -1,0 +1,252 @@
+"""What a solver is: a small frozen dataclass with one `step`, and the records that a run leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sde_lib import Knot, Prediction, ReverseSDE
+from solvers.noise import Draw
+
+ENDS = ("stop", "denoise")
+
+
+class Step(NamedTuple):
+    """What one step returns.
+
+    Attributes:
+        x: state at the new knot, (B, *D).
+        prediction: the prediction at the knot the step started from (None where there was none).
+        error: embedded estimate of the local error, (B, *D), for methods that have one.
+        ahead: the prediction at the new state and knot, where the method has already made it.
+    """
+
+    x: Tensor
+    prediction: Prediction | None = None
+    error: Tensor | None = None
+    ahead: Prediction | None = None
+
+
+Past = tuple[tuple[Knot, Prediction], ...]
+"""Earlier (knot, prediction) pairs, oldest first. A last entry at the step's own knot is a prediction made ahead."""
+
+
+class StepInfo(NamedTuple):
+    """What a callback sees after each step: step number (from 0) and total, the knots, the new state."""
+
+    step: int
+    steps: int
+    t: Knot
+    s: Knot
+    x: Tensor
+    prediction: Prediction | None
+
+
+Project = Callable[[Tensor, Knot, Draw], Tensor]
+Callback = Callable[[StepInfo], None]
+
+
+class Status(IntEnum):
+    """How a sample ended."""
+
+    OK = 0
+    NON_FINITE = 1
+    MAX_STEPS = 2
+    STEP_TOO_SMALL = 3
+
+    @property
+    def sentence(self) -> str:
+        """What happened and what to do."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Status.OK: "solved",
+    Status.NON_FINITE: "the state or a network output is not finite; check the model at the reported time",
+    Status.MAX_STEPS: "max_steps reached; raise it, or loosen rtol and atol",
+    Status.STEP_TOO_SMALL: "the step size fell below the resolution of time; the model may be discontinuous there",
+}
+
+
+class SolverError(ArithmeticError):
+    """A run failed numerically; raised under ``strict=True``."""
+
+
+@dataclass
+class Solution:
+    """The record of a run.
+
+    Attributes:
+        x: final state, (B, *D).
+        nfe: network calls per sample, guidance included, int64 (B,) on the CPU.
+        times: times of the knots, float64 (K + 1,); the data end counts as 0.
+        trajectory: states at the knots, (K + 1, B, *D), if asked for.
+        status: `Status` per sample, int64 (B,) on the CPU.
+        stats: counters of the method (steps, accepted, rejected …).
+        message: what went wrong and where; empty if nothing did.
+    """
+
+    x: Tensor
+    nfe: Tensor
+    times: Tensor
+    trajectory: Tensor | None
+    status: Tensor
+    stats: dict[str, Any] = field(default_factory=dict)
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every sample was solved."""
+        return bool((self.status == Status.OK).all())
+
+
+@dataclass
+class Outcome:
+    """What `Solver.run` hands back to the driver."""
+
+    x: Tensor
+    calls: int | Tensor
+    trajectory: list[Tensor]
+    status: Tensor | None = None
+    stats: dict[str, Any] = field(default_factory=dict)
+    message: str = ""
+
+
+@dataclass
+class Hooks:
+    """What a caller may attach to a run."""
+
+    project: Project | None = None
+    callback: Callback | None = None
+    trajectory: bool = False
+    check: bool = False
+
+    def refuse(self, solver: Solver) -> None:
+        """Raise if hooks between steps are asked of a solver that hides its steps."""
+        if self.project is not None or self.callback is not None:
+            raise ValueError(
+                f"{type(solver).__name__} does not step between knots of its own: `project` and `callback` need a "
+                "fixed-step solver."
+            )
+
+
+class Counted:
+    """A ReverseSDE that counts its calls."""
+
+    def __init__(self, rev: ReverseSDE, check: bool = False) -> None:
+        self.rev, self.law, self.check = rev, rev.law, check
+        self.calls = 0
+
+    def __call__(self, x: Tensor, knot: Knot) -> Prediction:
+        self.calls += 1
+        prediction = self.rev(x, knot)
+        if self.check:
+            check_finite(prediction.raw, "the network's output", knot)
+        return prediction
+
+
+def check_finite(x: Tensor, what: str, knot: Knot) -> None:
+    """Raise SolverError if x is not finite; part of the checked replay, never of a normal run."""
+    bad = ~torch.isfinite(x).flatten(1).all(1) if x.ndim > 1 else ~torch.isfinite(x)
+    if bool(bad.any()):
+        rows = bad.nonzero().flatten().tolist()
+        shown = ", ".join(map(str, rows[:5])) + (" …" if len(rows) > 5 else "")
+        where = f"at t = {knot.t:.6g} for {len(rows)} of {len(x)} samples (rows {shown})"
+        raise SolverError(f"{what} is not finite {where}")
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Base of all solvers. A subclass states its class attributes and `step`; the driver does the rest."""
+
+    order: ClassVar[int] = 1
+    """Order of convergence: global for deterministic solvers, weak for stochastic ones. 0: not consistent in steps."""
+    nfe_per_step: ClassVar[int] = 1
+    history: ClassVar[int] = 0
+    """Number of earlier predictions that `step` reads."""
+    needs_drift: ClassVar[bool] = False
+    """Whether f and g of the SDE are used, so that runs start where they are finite."""
+    adaptive: ClassVar[bool] = False
+    """Whether the solver chooses its own steps; the grid then says where the solution is reported."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the solver draws noise."""
+        return False
+
+    @property
+    def batch_coupled(self) -> bool:
+        """Whether a sample's result depends on its batch mates."""
+        return False
+
+    def nfe(self, steps: int, end: str = "stop") -> int:
+        """Network calls per sample of `steps` intervals; "denoise" adds the posterior mean at the end."""
+        return steps * self.nfe_per_step + (end == "denoise")
+
+    def steps_for(self, nfe: int, end: str = "stop") -> int:
+        """Largest number of intervals within a budget of network calls.
+
+        Raises:
+            ValueError: if not even one step fits.
+        """
+        steps = (nfe - self.nfe(0, end)) // self.nfe_per_step
+        if steps < 1:
+            raise ValueError(f"{type(self).__name__} needs at least {self.nfe(1, end)} network calls, got nfe={nfe}.")
+        return steps
+
+    def bind(self, knots: Sequence[Knot]) -> Solver:
+        """The solver for one grid: where per-grid constants are worked out. Itself for most."""
+        return self
+
+    def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+        """Advance x from knot `t` to knot `s`."""
+        raise NotImplementedError
+
+    def finish(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+        """The step to the data end (sigma = 0): the posterior mean E[x_0 | x_t], whatever the method.
+
+        DDIM, DDPM and Heun's last step (Karras et al. 2022, Algorithm 1) all reduce to it there.
+        """
+        prediction = past[-1][1] if past and past[-1][0] is t else rev(x, t)
+        return Step(prediction.data, prediction)
+
+    def run(self, rev: ReverseSDE, x: Tensor, knots: Sequence[Knot], draw: Draw, hooks: Hooks) -> Outcome:
+        """Walk the knots. No host synchronisation: every coefficient is a Python float."""
+        solver = self.bind(knots)
+        counted = Counted(rev, hooks.check)
+        project, callback = hooks.project, hooks.callback
+        if hooks.check:
+            check_finite(x, "the starting state", knots[0])
+        if project is not None:
+            x = project(x, knots[0], draw)
+        trajectory = [x] if hooks.trajectory else []
+        past: Past = ()
+        steps = len(knots) - 1
+        for i in range(steps):
+            t, s = knots[i], knots[i + 1]
+            try:
+                step = (solver.finish if s.is_data else solver.step)(counted, x, t, s, past, draw)
+                x = step.x
+                if project is not None:
+                    x = project(x, s, draw)
+                if hooks.check:
+                    check_finite(x, "the state", s)
+            except SolverError as error:
+                raise SolverError(f"step {i + 1} of {steps}: {error}") from None
+            if solver.history and step.prediction is not None:
+                kept = past[:-1] if past and past[-1][0] is t else past
+                past = (*kept, (t, step.prediction))[-solver.history :]
+            else:
+                past = ()
+            if step.ahead is not None and project is None:
+                past = (*past, (s, step.ahead))
+            if hooks.trajectory:
+                trajectory.append(x)
+            if callback is not None:
+                callback(StepInfo(i, steps, t, s, x, step.prediction))
+        return Outcome(x, counted.calls, trajectory, stats={"steps": steps})
