@@ -1,0 +1,239 @@
+"""A network, the law it was trained for, and everything needed to use it: the score model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sde_lib import PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Prediction, ReverseSDE, build, lookup
+from sde_lib import _math as m
+from sde_lib._math import Real
+
+Label = Any
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    r"""How data are laid out and how they become the state of a model.
+
+    Model units x and data units z are related by :math:`x = (z - \mathrm{shift}) / \mathrm{scale}`. With `levels` = L
+    the data are integers k in 0 … L - 1, and z = k + u with u in [0, 1) uniform: each integer owns the bin [k, k + 1),
+    so a density of z integrates to the probability of k. u = 1/2 stands for the integer when no noise is wanted.
+
+    Args:
+        shape: D, of one sample.
+        shift: z that maps to x = 0.
+        scale: z per unit of x, > 0.
+        levels: number of integer levels, or None for continuous data.
+        num_classes: number of class labels, 0 without.
+
+    Raises:
+        ValueError: for a shape, scale, or number of levels that makes no sense.
+    """
+
+    shape: tuple[int, ...]
+    shift: float = 0.0
+    scale: float = 1.0
+    levels: int | None = None
+    num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        if any(n < 1 for n in self.shape):
+            raise ValueError(f"`shape` must hold positive ints, got {self.shape}.")
+        if not (math.isfinite(self.scale) and self.scale > 0 and math.isfinite(self.shift)):
+            raise ValueError(f"`scale` must be finite and > 0 and `shift` finite, got {self.scale}, {self.shift}.")
+        if self.levels is not None and self.levels < 2:
+            raise ValueError(f"`levels` must be >= 2, or None for continuous data, got {self.levels}.")
+
+    @classmethod
+    def integers(cls, shape: tuple[int, ...], levels: int, num_classes: int = 0) -> DataSpec:
+        """Integer data 0 … levels - 1 spread over [-1, 1)."""
+        return cls(shape, shift=levels / 2, scale=levels / 2, levels=levels, num_classes=num_classes)
+
+    @property
+    def dims(self) -> int:
+        """Number of elements of one sample."""
+        return math.prod(self.shape)
+
+    def check(self, data: Tensor) -> None:
+        """Raise ValueError unless `data` has this shape, is finite and, with levels, holds their integers."""
+        if tuple(data.shape[1:]) != self.shape:
+            raise ValueError(f"Data must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(data.shape)}.")
+        if data.is_floating_point() and not bool(torch.isfinite(data).all()):
+            raise ValueError("Data contain NaN or infinite values.")
+        if self.levels is not None:
+            if data.is_floating_point() and not bool((data == data.round()).all()):
+                raise ValueError(f"Data must be integers 0 … {self.levels - 1}; got fractions (already scaled?).")
+            low, high = int(data.min()), int(data.max())
+            if low < 0 or high >= self.levels:
+                raise ValueError(f"Data must be integers 0 … {self.levels - 1}, got values from {low} to {high}.")
+
+    def encode(self, data: Tensor, u: Tensor | float | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Data units to model units. `u` dequantizes integer data; 1/2 (the middle of the bin) if None."""
+        z = data.to(dtype)
+        if self.levels is not None:
+            z = z + (0.5 if u is None else u)
+        return (z - self.shift) / self.scale
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Model units to data units: integers (int64) where there are levels."""
+        z = x * self.scale + self.shift
+        return z if self.levels is None else z.floor().clamp(0, self.levels - 1).long()
+
+
+LABELS: Mapping[str, Any] = {
+    "time": lambda knot: knot.t,
+    "t999": lambda knot: 999.0 * knot.t,
+    "index": lambda knot: knot.label,
+    "half_log_snr": lambda knot: knot.half_log_snr,
+    "log_sigma": lambda knot: -knot.half_log_snr,
+    "quarter_log_sigma": lambda knot: -0.25 * knot.half_log_snr,
+}
+"""Name -> what the network is told about the noise level: the time; 999 t (score_sde's VP networks); a chain's index;
+lambda; log(sigma / alpha); a quarter of it (EDM)."""
+
+
+class ScoreModel(nn.Module):
+    """A score network with its law, parameterization, label map, input scaling and data specification.
+
+    Args:
+        network: ``network(x, label, **condition) -> Tensor`` like x; label has shape (B,).
+        law: `SDE`, or `Chain` for a network on discrete levels.
+        parameterization: what the network outputs: a name in `PARAMETERIZATIONS`.
+        label: what it is told about the noise level: a name in `LABELS`.
+        data_spec: layout of the data; optional for a network used in model units only.
+        sigma_data: standard deviation of the data in model units, for "edm" and for the input scaling.
+        input_scaling: "unit" divides the input by sqrt(sigma^2 + alpha^2 sigma_data^2), so that it has unit variance
+            at every noise level (EDM's c_in on any SDE); "none" hands over the state.
+        config: what `from_config` was given.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        law: SDE | Chain,
+        parameterization: str = "v",
+        label: str = "quarter_log_sigma",
+        data_spec: DataSpec | None = None,
+        sigma_data: float = 0.5,
+        input_scaling: str = "unit",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        kind = lookup(PARAMETERIZATIONS, parameterization, "parameterization")
+        self._label = lookup(LABELS, label, "label")
+        if input_scaling not in ("unit", "none"):
+            raise ValueError(f'`input_scaling` must be "unit" or "none", got {input_scaling!r}.')
+        if label == "index" and not isinstance(law, Chain):
+            raise ValueError('The label "index" needs a chain: pass law=sde.discretize(n).')
+        self.network, self.law, self.data_spec = network, law, data_spec
+        self.parameterization = kind(sigma_data) if parameterization == "edm" else kind()
+        self.sigma_data, self.input_scaling = float(sigma_data), input_scaling
+        self._config = None if config is None else dict(config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ScoreModel:
+        """Build from a JSON-able dict: sections `network`, `sde` (``{"name": …, <name>: {options}}``), `levels` (0, or
+        the number of levels of a chain), `data_spec`, and the remaining constructor arguments."""
+        from scoresde.networks import NETWORKS
+
+        rest = dict(config)
+        network = build(NETWORKS, rest.pop("network"), "network")
+        sde = build(SDES, rest.pop("sde"), "sde")
+        levels = rest.pop("levels", 0)
+        spec = rest.pop("data_spec", None)
+        return cls(
+            network,
+            sde.discretize(levels) if levels else sde,
+            data_spec=None if spec is None else DataSpec(**spec),
+            config=config,
+            **rest,
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The dict that `from_config` rebuilds this model from (without weights).
+
+        Raises:
+            ValueError: for a model that was put together in code.
+        """
+        if self._config is None:
+            raise ValueError(
+                "This model was built from objects, so its configuration is unknown: build it with "
+                "ScoreModel.from_config, or save its state_dict yourself."
+            )
+        config = dict(self._config)
+        if self.data_spec is not None:
+            config["data_spec"] = {**asdict(self.data_spec), "shape": list(self.data_spec.shape)}
+        return config
+
+    def raw(self, x: Tensor, knot: Knot, **condition: Any) -> Tensor:
+        """Output of the network at a state in model units, (B, *D); in the dtype of its weights."""
+        if self.input_scaling == "unit":
+            signal = knot.alpha * self.sigma_data
+            c_in: Real = 1.0 / m.sqrt(knot.sigma * knot.sigma + signal * signal)
+            x_in = x * c_in.to(x.dtype) if isinstance(c_in, Tensor) else x * c_in
+        else:
+            x_in = x
+        label = knot.spread(self._label(knot), x, torch.float32 if x.dtype.itemsize < 8 else torch.float64)
+        dtype = self.dtype
+        if x_in.dtype != dtype:
+            x_in, label = x_in.to(dtype), label.to(dtype)
+        return self.network(x_in, label, **condition)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the network's weights."""
+        first = next(self.network.parameters(), None)
+        return torch.get_default_dtype() if first is None else first.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network's weights."""
+        first = next(self.network.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def predict(self, x: Tensor, knot: Knot, **condition: Any) -> Prediction:
+        """The prediction at a knot."""
+        return Prediction(x, knot, self.raw(x, knot, **condition), self.parameterization)
+
+    def forward(self, x: Tensor, t: float | int | Tensor, **condition: Any) -> Prediction:
+        """The prediction at state x, (B, *D) in model units, and time t, () or (B,) (an index on a chain).
+
+        Raises:
+            ValueError: if t is a number outside [t_min, t_max], or its shape does not match the batch.
+        """
+        law = self.law
+        if isinstance(t, Tensor) and t.ndim and t.shape != x.shape[:1]:
+            raise ValueError(f"`t` must have shape () or (B,) with B = {x.shape[0]}, got {tuple(t.shape)}.")
+        if isinstance(t, int | float) and not isinstance(law, Chain) and not law.t_min <= t <= law.t_max:
+            raise ValueError(f"t = {t} lies outside [{law.t_min}, {law.t_max}], where this model is defined.")
+        return self.predict(x, law.knot(t, ndim=x.ndim), **condition)
+
+    def reverse(self, condition: Mapping[str, Any] | None = None) -> ReverseSDE:
+        """The reverse SDE under this model, in model units; puts the network into evaluation mode.
+
+        Args:
+            condition: keyword arguments of the network, batch first, e.g. ``{"class_label": labels}``.
+        """
+        self.eval()
+        return ReverseSDE(self.law, self.raw, self.parameterization, condition)
+
+    def sample(self, n: int, solver: Any, **options: Any) -> Tensor:
+        """n samples in data units; `options` go to `solvers.sample` (steps, nfe, grid, end, rng, condition, …).
+
+        Raises:
+            ValueError: if the model has no data specification.
+        """
+        from solvers import sample
+
+        if self.data_spec is None:
+            raise ValueError("This model has no data_spec, so its samples have no shape: use solvers.sample.")
+        shape = (n, *self.data_spec.shape)
+        solution = sample(self.reverse(), shape, solver, device=self.device, **options)
+        return self.data_spec.decode(solution.x)
