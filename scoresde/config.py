@@ -15,6 +15,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,6 @@ from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
 if TYPE_CHECKING:
-    import torch
-
     from scoresde.data import Dataset
     from scoresde.score_model import DataSpec, ScoreModel
     from sde_lib import Law
@@ -61,8 +60,9 @@ def defaults() -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.parameterization = "v"
-    c.model.label = "t999"
-    c.model.sigma_data = 0.5  # of parameterization "edm"
+    c.model.label = "quarter_log_sigma"
+    c.model.sigma_data = 0.5
+    c.model.input_scaling = "unit"
 
     c.data = _section("digits", DATASETS)
 
@@ -99,7 +99,8 @@ def defaults() -> ml_collections.ConfigDict:
     s.seed = 0
     s.solver = _section("heun", SOLVERS)
     s.grid = _section("", GRIDS)  # no name: equal steps in time, or all levels of a chain
-    s.steps = 18
+    s.steps = 18  # ignored by adaptive solvers
+    s.nfe = config_dict.placeholder(int)  # budget of network calls per sample, instead of `steps`
     s.end = "denoise"
     s.guidance = 1.0  # classifier-free guidance scale; 1: none
 
@@ -109,12 +110,15 @@ def defaults() -> ml_collections.ConfigDict:
 
 
 def _likelihood() -> ml_collections.ConfigDict:
+    """How many held-out samples are scored, and the options of `bits_per_dim` and `log_likelihood`."""
+    from scoresde.likelihood import bits_per_dim, log_likelihood
+
     c = ml_collections.ConfigDict()
     c.n = config_dict.placeholder(int)  # held-out samples; unset: all
-    c.batch_size = 256
-    c.seed = 0
-    c.rtol = 1e-4
-    c.atol = 1e-4
+    for function in (bits_per_dim, log_likelihood):
+        for option in inspect.signature(function).parameters.values():
+            if isinstance(option.default, bool | int | float | str):
+                c[option.name] = option.default
     return c
 
 
@@ -391,7 +395,7 @@ def build(table: Mapping[str, Any], section: ml_collections.ConfigDict, what: st
 
     name = section["name"]
     options = section.get(name)
-    plain = {k: v for k, v in options.items() if v is not None} if isinstance(options, ml_collections.ConfigDict) else {}
+    plain = _set(options) if isinstance(options, ml_collections.ConfigDict) else {}
     try:
         return build_entry(table, {"name": name, name: plain}, what, **given)
     except (TypeError, ValueError) as error:
@@ -430,9 +434,39 @@ def make_model(config: ml_collections.ConfigDict, spec: DataSpec) -> ScoreModel:
     """The score model with fresh weights, drawn from torch's global generator."""
     from scoresde.networks import NETWORKS
     from scoresde.score_model import ScoreModel
+    from sde_lib import SDES
 
-    network = build(NETWORKS, config.network, "network", shape=spec.shape, num_classes=spec.num_classes)
-    raise NotImplementedError((ScoreModel, network))
+    name = config.network.name
+    lookup_entry(NETWORKS, name, "network")
+    options = {**to_dict(config.network[name]), "shape": list(spec.shape), "num_classes": spec.num_classes}
+    sde = config.sde.name
+    lookup_entry(SDES, sde, "sde")
+    plain = {
+        **to_dict(config.model),
+        "network": {"name": name, name: _set(options)},
+        "sde": {"name": sde, sde: _set(to_dict(config.sde[sde]))},
+        "levels": config.sde.chain or 0,
+        "data_spec": {**asdict(spec), "shape": list(spec.shape)},
+    }
+    try:
+        return ScoreModel.from_config(plain)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def lookup_entry(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """Entry of a table, or a `ConfigError` that lists the names."""
+    from sde_lib import lookup
+
+    try:
+        return lookup(table, name, what)
+    except ValueError as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def _set(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are set: the others are left to the constructor."""
+    return {k: v for k, v in options.items() if v is not None}
 
 
 def make_solver(config: ml_collections.ConfigDict) -> Solver:

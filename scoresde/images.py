@@ -12,7 +12,9 @@ from torch import Tensor
 from scoresde.score_model import DataSpec
 
 
-def image_grid(data: Tensor, low: float, high: float, columns: int | None = None, zoom: int = 1, pad: int = 1) -> Tensor:
+def image_grid(
+    data: Tensor, low: float, high: float, columns: int | None = None, zoom: int = 1, pad: int = 1
+) -> Tensor:
     """Images side by side as one 8-bit picture.
 
     Args:
@@ -40,7 +42,8 @@ def image_grid(data: Tensor, low: float, high: float, columns: int | None = None
     cells = torch.full((rows * columns, c, h + pad, w + pad), 96.0, dtype=torch.float64)
     cells[:n, :, :h, :w] = values
     sheet = cells.reshape(rows, columns, c, h + pad, w + pad).permute(0, 3, 1, 4, 2)
-    sheet = sheet.reshape(rows * (h + pad), columns * (w + pad), c)[: rows * (h + pad) - pad, : columns * (w + pad) - pad]
+    sheet = sheet.reshape(rows * (h + pad), columns * (w + pad), c)
+    sheet = sheet[: rows * (h + pad) - pad, : columns * (w + pad) - pad]  # no margin after the last ones
     return sheet.round().to(torch.uint8).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
 
 

@@ -226,27 +226,28 @@ class Solver:
             x = project(x, knots[0], draw)
         trajectory = [x] if hooks.trajectory else []
         past: Past = ()
-        steps = len(knots) - 1
+        steps, history = len(knots) - 1, solver.history
         for i in range(steps):
             t, s = knots[i], knots[i + 1]
             try:
-                step = (solver.finish if s.is_data else solver.step)(counted, x, t, s, past, draw)
-                x = step.x
+                take = solver.finish if s.is_data else solver.step
+                x, prediction, _, ahead = take(counted, x, t, s, past, draw)
                 if project is not None:
                     x = project(x, s, draw)
                 if hooks.check:
                     check_finite(x, "the state", s)
             except SolverError as error:
                 raise SolverError(f"step {i + 1} of {steps}: {error}") from None
-            if solver.history and step.prediction is not None:
+            if history and prediction is not None:
                 kept = past[:-1] if past and past[-1][0] is t else past
-                past = (*kept, (t, step.prediction))[-solver.history :]
+                past = (*kept, (t, prediction))[-history:]
             else:
                 past = ()
-            if step.ahead is not None and project is None:
-                past = (*past, (s, step.ahead))
+            if ahead is not None and project is None:
+                past = (*past, (s, ahead))
             if hooks.trajectory:
                 trajectory.append(x)
             if callback is not None:
-                callback(StepInfo(i, steps, t, s, x, step.prediction))
+                callback(StepInfo(i, steps, t, s, x, prediction))
+            prediction = ahead = None  # lets go of this step's tensors before the next one allocates
         return Outcome(x, counted.calls, trajectory, stats={"steps": steps})

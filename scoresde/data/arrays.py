@@ -62,8 +62,7 @@ class Arrays:
         train, held_out = split(data, labels, self.held_out, self.seed)
         num_classes = 0 if labels is None else int(labels.max()) + 1
         if self.levels is not None:
-            half = self.levels / 2.0
-            spec = DataSpec(tuple(data.shape[1:]), half, half, self.levels, num_classes)
+            spec = DataSpec.integers(tuple(data.shape[1:]), self.levels, num_classes)
         else:
             std, mean = torch.std_mean(train.data.double())
             if not float(std) > 0.0:
@@ -80,12 +79,12 @@ class Arrays:
         if not path.is_file():
             raise FileNotFoundError(f"No such file: {self.path}")
         try:
-            loaded = np.load(path, allow_pickle=False)  # pickled objects could run code
-            if isinstance(loaded, np.ndarray):
-                if self.labels_key:
-                    raise ValueError("a .npy file holds one array: classes need a .npz file")
-                return loaded, None
-            with loaded:
+            with path.open("rb") as file:  # np.load leaves a damaged file open
+                loaded = np.load(file, allow_pickle=False)  # pickled objects could run code
+                if isinstance(loaded, np.ndarray):
+                    if self.labels_key:
+                        raise ValueError("a .npy file holds one array: classes need a .npz file")
+                    return loaded, None
                 names = loaded.files
                 key = self.key if self.key in names or len(names) != 1 else names[0]
                 for name in (key, *([self.labels_key] if self.labels_key else [])):

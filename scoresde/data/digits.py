@@ -46,5 +46,5 @@ class Digits:
         data = torch.from_numpy(images).to(torch.uint8).reshape(-1, 1, 8, 8)
         classes = torch.from_numpy(digits).long() if self.labels else None
         train, held_out = split(data, classes, self.held_out, self.seed)
-        spec = DataSpec((1, 8, 8), shift=8.5, scale=8.5, levels=17, num_classes=10 if self.labels else 0)
+        spec = DataSpec.integers((1, 8, 8), levels=17, num_classes=10 if self.labels else 0)
         return Dataset("digits", train, held_out, spec)

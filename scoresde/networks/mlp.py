@@ -64,14 +64,6 @@ class MLP(nn.Module):
         check_count("depth", depth)
         check_dropout(dropout)
         self.num_classes = num_classes
-        self.options = {
-            "width": width,
-            "depth": depth,
-            "dropout": dropout,
-            "embedding": embedding,
-            "max_period": max_period,
-            "fourier_scale": fourier_scale,
-        }
         d = math.prod(self.shape)
         self.condition = Condition(width, num_classes, embedding, max_period, fourier_scale)
         self.inlet = nn.Linear(d, width)

@@ -161,18 +161,6 @@ class UNet(nn.Module):
             if side not in heights:
                 raise ValueError(f"`attention` names height {side}; the feature maps here have heights {heights}.")
         self.num_classes = num_classes
-        self.options = {
-            "channels": channels,
-            "multipliers": multipliers,
-            "blocks": blocks,
-            "attention": attention,
-            "head_channels": head_channels,
-            "dropout": dropout,
-            "conditioning": conditioning,
-            "embedding": embedding,
-            "max_period": max_period,
-            "fourier_scale": fourier_scale,
-        }
         features = 4 * channels
         self.condition = Condition(features, num_classes, embedding, max_period, fourier_scale)
 

@@ -52,6 +52,9 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, config: Mapping[str
         save_file(plain, path, metadata=header)
     except SafetensorError as error:
         raise OSError(f"Cannot write {path}: {error}") from error
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors makes files that only their owner can read
     _sync(path)
 
 
@@ -68,16 +71,17 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
     if not path.is_file():
         raise FileNotFoundError(f"No such file: {path}")
     with path.open("rb") as file:
-        head = file.read(4)
-    # torch.save writes a zip archive around a pickle, or (before torch 1.6) a bare pickle
-    if head[:2] == b"PK" or head[:1] == b"\x80":
+        head = file.read(9)
+    # torch.save writes a zip archive around a pickle, or (before torch 1.6) a bare pickle. A safetensors file starts
+    # with the length of its header, whose first byte may be any, and then the brace of its JSON
+    if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
         raise CheckpointError(
             f"{path} is a pickle (torch.save), which can run any code when it is loaded; it was not opened. If you "
             "trust it, read it with torch.load(path, weights_only=True) and write it with scoresde.save_model."
         )
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
             header = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
@@ -292,7 +296,9 @@ def save_checkpoint(
     except OSError as error:
         earlier = latest(root)
         kept = f"the newest complete checkpoint is {earlier}" if earlier else "there is no earlier checkpoint"
-        raise OSError(error.errno, f"Could not save step {step} in {root}: {error.strerror or error}; {kept}") from error
+        raise OSError(
+            error.errno, f"Could not save step {step} in {root}: {error.strerror or error}; {kept}"
+        ) from error
     finally:
         if temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -376,7 +382,7 @@ def load_optimizer(
             raise CheckpointError(f"Optimizer state {key!r} {tuple(value.shape)} in {where} does not fit the model.")
         state.setdefault(name, {})[field] = value
     # by position, as torch numbers parameters over its groups; load_state_dict moves them to their devices
-    numbers = {}
+    numbers: dict[Tensor, int] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             numbers[parameter] = len(numbers)

@@ -1,0 +1,14 @@
+"""VE SDE on the 8 x 8 digits, with EDM's parameterization and sigma_max the largest distance between images."""
+
+from scoresde.config import defaults
+
+
+def get_config():
+    c = defaults()
+    c.sde.name = "ve"
+    c.sde.ve.sigma_max = 10.0
+    c.model.parameterization = "edm"
+    c.training.steps = 3000
+    c.training.weighting = "raw"
+    c.training.decay = "cosine"
+    return c

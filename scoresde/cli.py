@@ -1,0 +1,252 @@
+"""The command `scoresde`. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+_EPILOG = """\
+Any field of the configuration can be set: --config.training.batch_size=64 --config.sde.name=ve.
+`scoresde configs` lists the shipped configurations; `scoresde COMMAND --help` explains a command.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, without the `--config.…` overrides, which go to ml_collections."""
+    shape: Any = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
+    top = _Parser(prog="scoresde", description="Score-based generative models in continuous time.", **shape)
+    top.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace, list[str]], None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, **shape)
+        added.set_defaults(run=run)
+        return added
+
+    p = command("train", _train, "Train a model, or continue a run.")
+    p.add_argument("--config", required=True, metavar="NAME", help="shipped configuration, or a .py or .json file")
+    p.add_argument("--workdir", required=True, metavar="DIR", help="folder of the run; continued if it holds one")
+    p.add_argument("--no-resume", action="store_true", help="refuse a folder that holds a run")
+
+    p = command("sample", _sample, "Draw samples from a trained model.")
+    _from_run(p)
+    p.add_argument("--out", metavar="FILE", help=".png, .npy or .npz (default: samples.png in the run, or here)")
+    p.add_argument("--solver", metavar="NAME", help="solver (sampling.solver.name)")
+    p.add_argument("--steps", type=int, metavar="N", help="number of steps (sampling.steps)")
+    p.add_argument("--nfe", type=int, metavar="N", help="budget of network calls per sample, instead of --steps")
+    p.add_argument("--n", type=int, metavar="N", help="number of samples (sampling.n)")
+    p.add_argument("--seed", type=int, metavar="N", help="noise (sampling.seed)")
+    p.add_argument("--class", dest="class_label", metavar="C", help="class of the samples: a number, or `all` in turn")
+    p.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance scale (sampling.guidance)")
+
+    p = command("likelihood", _likelihood, "Score held-out data under a trained model, in bits/dim.")
+    _from_run(p)
+    p.add_argument("--n", type=int, metavar="N", help="number of held-out samples (likelihood.n; default: all)")
+    p.add_argument("--seed", type=int, metavar="N", help="noise (likelihood.seed)")
+    p.add_argument("--given-class", action="store_true", help="condition on the classes: log p(x | class)")
+    p.add_argument("--out", metavar="FILE", help="write the figures as JSON")
+
+    p = command("demo", _demo, "Train on handwritten digits, then sample, compare solvers and score held-out data.")
+    p.add_argument("--config", default="digits_vp", metavar="NAME", help="configuration (default: digits_vp)")
+    p.add_argument("--workdir", default="runs/demo", metavar="DIR", help="where results go (default: runs/demo)")
+
+    command("configs", _configs, "List the shipped configurations.")
+    return top
+
+
+def _from_run(p: argparse.ArgumentParser) -> None:
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", metavar="DIR", help="folder of a run: its newest checkpoint")
+    source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint folder, or a .safetensors file")
+    p.add_argument("--config", metavar="NAME", help="configuration (default: the one of the run)")
+    p.add_argument("--raw-weights", action="store_true", help="last weights instead of averaged ones")
+    p.add_argument("--device", default=None, metavar="DEV", help="cpu, cuda, … (default: cuda if there is one)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    arguments, rest = parser().parse_known_args(argv)
+    try:
+        arguments.run(arguments, _joined(rest))
+    except KeyboardInterrupt:
+        print(f"scoresde {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
+        # what the library raises for bad input; --traceback shows where, should it be a defect after all
+        if arguments.traceback:
+            raise
+        print(f"scoresde {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _joined(rest: list[str]) -> list[str]:
+    """``--config.a 1`` as ``--config.a=1``."""
+    joined: list[str] = []
+    for word in rest:
+        if joined and joined[-1].startswith("--config.") and "=" not in joined[-1] and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from scoresde import config
+    from scoresde.training import train
+
+    settings = config.load(arguments.config, overrides)
+    result = train(settings, arguments.workdir, resume=not arguments.no_resume)
+    print(f"{result.step} steps in {result.seconds:.0f} s; checkpoints in {Path(arguments.workdir) / 'checkpoints'}")
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> tuple[ConfigDict, Any, Path]:
+    """Configuration and model of a trained run, and the model's file."""
+    import torch
+
+    from scoresde import config
+    from scoresde.training.checkpoint import find_model, load_model
+
+    ema = not arguments.raw_weights
+    source = arguments.checkpoint or arguments.workdir
+    file = find_model(source, ema)
+    saved = next((p for p in (file.parent / "config.json", *_above(file)) if p.is_file()), None)
+    if arguments.config:
+        settings = config.load(arguments.config, overrides)
+    else:
+        settings = config.override(config.restore(saved) if saved else config.defaults(), overrides)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return settings, load_model(file, device=device), file
+    except RuntimeError as error:  # torch's word for a device that is not there
+        raise ValueError(f"Cannot use device {device!r}: {error}") from error
+
+
+def _above(file: Path) -> list[Path]:
+    """config.json of the run that a checkpoint folder lies in: workdir/checkpoints/step_…/ema.safetensors."""
+    return [file.resolve().parents[2] / "config.json"] if len(file.resolve().parents) > 2 else []
+
+
+def _sample(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    import numpy as np
+    import torch
+
+    from scoresde.images import picture, save_png
+    from scoresde.training import draw_samples
+
+    settings, model, file = _run(arguments, overrides)
+    s = settings.sampling
+    for name in ("steps", "nfe", "n", "seed", "guidance"):
+        if getattr(arguments, name) is not None:
+            s[name] = getattr(arguments, name)
+    if arguments.steps is not None and arguments.nfe is not None:
+        raise ValueError("Give --steps or --nfe, not both.")
+    if arguments.steps is not None:
+        s.nfe = None
+    if arguments.solver is not None:
+        s.solver.name = arguments.solver
+    spec = model.data_spec
+    out = Path(arguments.out or Path(arguments.workdir or ".") / "samples.png")
+    if out.suffix not in (".png", ".npy", ".npz"):
+        raise ValueError(f"--out must end in .png, .npy or .npz, got {out.name!r}.")
+    if out.suffix == ".png" and picture(torch.zeros(1, *spec.shape), spec) is None:
+        raise ValueError(f"Samples of shape {tuple(spec.shape)} have no picture: use --out=samples.npy.")
+    labels = _class_labels(arguments.class_label, s.n, spec.num_classes)
+    samples = draw_samples(model, settings, class_label=labels, progress=None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".png":
+        image = picture(samples.data, spec)
+        if image is not None:
+            save_png(image, out)
+    elif out.suffix == ".npy":
+        np.save(out, samples.data.numpy())
+    else:
+        arrays: dict[str, Any] = {"data": samples.data.numpy()}
+        if labels is not None:
+            arrays["labels"] = torch.as_tensor(labels).expand(s.n).numpy()
+        np.savez(out, **arrays)
+    print(
+        f"{s.n} samples by {s.solver.name}, {samples.nfe.double().mean():.4g} network calls each, "
+        f"{samples.seconds:.1f} s, from {file}: {out}"
+    )
+
+
+def _class_labels(text: str | None, n: int, classes: int) -> Any:
+    if text is None:
+        return None
+    import torch
+
+    if text == "all":
+        if not classes:
+            raise ValueError("This model was trained without classes.")
+        return torch.arange(n) % classes
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--class must be a number or `all`, got {text!r}.") from None
+
+
+def _likelihood(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    import json
+
+    from scoresde import config
+    from scoresde.likelihood import bits_per_dim
+
+    settings, model, _ = _run(arguments, overrides)
+    options = dict(settings.likelihood.items())
+    for name in ("n", "seed"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    n = options.pop("n")
+    held_out = config.make_data(settings).held_out
+    if n is not None and not 1 <= n <= len(held_out):
+        raise ValueError(f"likelihood.n must be in 1 … {len(held_out)} (the held-out samples), got {n}.")
+    labels = None
+    if arguments.given_class:
+        if held_out.labels is None:
+            raise ValueError("--given-class needs data with classes.")
+        labels = held_out.labels[:n]
+    result = bits_per_dim(model, held_out.data[:n], labels=labels, **options)
+    print(f"{len(result.per_sample)} held-out samples: {result}")
+    if arguments.out:
+        figures = {
+            "bits_per_dim": result.mean,
+            "standard_error": result.standard_error,
+            "samples": len(result.per_sample),
+            "nfe": float(result.nfe.double().mean()),
+            "t_min": result.t_min,
+            "what": result.what,
+        }
+        Path(arguments.out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _demo(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from scoresde import config, demo
+
+    demo.main(Path(arguments.workdir), config.load(arguments.config, overrides))
+
+
+def _configs(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    import ast
+
+    from scoresde import config
+
+    if overrides:
+        raise ValueError(f"Unknown argument {overrides[0]!r}.")
+    names = config.known()
+    for name in names:
+        text = ast.get_docstring(ast.parse(config.find(name).read_text(encoding="utf-8"))) or ""
+        print(f"{name:<{max(map(len, names))}}  {text.splitlines()[0] if text else ''}".rstrip())

@@ -1,0 +1,202 @@
+r"""Denoising score matching, in continuous time and on a chain.
+
+For :math:`x_t = \alpha x_0 + \sigma \epsilon` the loss at one time is a weight times
+:math:`\|\hat\epsilon(x_t) - \epsilon\|^2`; its minimiser is :math:`E[\epsilon | x_t] = -\sigma \nabla\log p_t`
+(Vincent 2011; Song et al. 2021, arXiv:2011.13456, eq. 7). The objective is an average over t uniform in
+[t_min, t_max]; drawing t otherwise changes the variance, never the expectation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde.score_model import ScoreModel
+from sde_lib import SDE, Chain, Knot
+
+WEIGHTINGS = ("uniform", "likelihood", "raw")
+TIMES = ("uniform", "importance")
+REDUCTIONS = ("mean", "half_sum")
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """A loss and what it is made of.
+
+    Attributes:
+        value: mean of `per_sample`, a scalar that carries the graph.
+        per_sample: (B,), weights included.
+        t: time (or level) of each sample, (B,).
+    """
+
+    value: Tensor
+    per_sample: Tensor
+    t: Tensor
+
+
+def continuous_loss(
+    model: ScoreModel,
+    x_0: Tensor,
+    *,
+    weighting: str = "uniform",
+    times: str = "uniform",
+    reduce: str = "mean",
+    stratified: bool = True,
+    rng: torch.Generator | None = None,
+    condition: Mapping[str, Any] | None = None,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Loss:
+    r"""Denoising score matching over [t_min, t_max].
+
+    Args:
+        model: a score model on an SDE.
+        x_0: data in model units, (B, *D).
+        weighting: lambda(t) in :math:`\lambda \|\hat s - s\|^2`. "uniform": lambda = sigma^2, every noise level counts
+            the same (Song et al. 2021, eq. 7). "likelihood": lambda = g^2, the bound on the negative log likelihood
+            (Song et al. 2021b, arXiv:2101.09258). "raw": mean square error of the network's own output.
+        times: how t is drawn: "uniform", or "importance" with density in proportion to g^2 / sigma^2, which makes
+            the weight of "likelihood" constant. Since :math:`g^2 / \sigma^2 = -2\, d\lambda_t / dt`, this is uniform in
+            the half log SNR, and exact through `time_at`. The objective is the same.
+        reduce: over the elements of a sample: "mean", or "half_sum" (half the sum, Song et al.'s
+            ``reduce_mean=False``; with "likelihood" weighting it is in nats per unit time).
+        stratified: spread the times of a batch evenly (one random shift of a lattice; Kingma et al. 2021,
+            arXiv:2107.00630, app. I.1). Each time alone is still drawn from its law.
+        rng: generator of times and noise, on the device of `x_0` or the CPU; torch's global one if None.
+        condition: keyword arguments of the network, batch first.
+        t: times (B,) to use instead of drawing; they are taken to be drawn as `times` says.
+        noise: (B, *D) to use instead of drawing.
+
+    Raises:
+        ValueError: for a chain, unknown option values, or shapes that do not match.
+    """
+    law = model.law
+    if not isinstance(law, SDE):
+        raise ValueError("continuous_loss needs a model on an SDE; this one lives on a chain: use chain_loss.")
+    _check(x_0, weighting, WEIGHTINGS, reduce, noise)
+    if times not in TIMES:
+        raise ValueError(f"`times` must be one of {', '.join(TIMES)}, got {times!r}.")
+    # where g enters, the integral over time stops where g is finite: only the flow SDE's end is lost
+    plain = times == "uniform" and weighting != "likelihood"
+    t_min, t_max = law.t_min, law.t_max if plain else law.drift_t_max
+    first, last = law.knot(t_min), law.knot(t_max)
+    if t is None:
+        u = _lattice(x_0, rng) if stratified else _draw(torch.rand, (x_0.shape[0],), x_0, rng, torch.float64)
+        if times == "uniform":
+            t = t_min + (t_max - t_min) * u
+        else:
+            t = law.time_at(first.half_log_snr + (last.half_log_snr - first.half_log_snr) * u)
+            t = t.clamp(t_min, t_max)  # the inverse is exact up to rounding
+    elif t.shape != x_0.shape[:1]:
+        raise ValueError(f"`t` must have shape ({x_0.shape[0]},), got {tuple(t.shape)}.")
+    knot = law.knot(t, ndim=x_0.ndim)
+    square = _square_error(model, x_0, knot, weighting, noise, rng, condition)
+    per_sample = _reduce(square, reduce)
+    if not plain:
+        # g^2 / sigma^2 is the weight of "likelihood", and up to its mean the density of "importance"
+        ratio = torch.as_tensor(law.g2(t.double())) / torch.as_tensor(knot.sigma).reshape(-1).square()
+        mean_ratio = 2.0 * (float(first.half_log_snr) - float(last.half_log_snr)) / (t_max - t_min)
+        if weighting == "likelihood":
+            weight = torch.full_like(ratio, mean_ratio) if times == "importance" else ratio
+        else:
+            weight = mean_ratio / ratio
+        per_sample = weight.to(per_sample) * per_sample
+    return Loss(per_sample.mean(), per_sample, t)
+
+
+def chain_loss(
+    model: ScoreModel,
+    x_0: Tensor,
+    *,
+    weighting: str = "uniform",
+    reduce: str = "mean",
+    stratified: bool = True,
+    rng: torch.Generator | None = None,
+    condition: Mapping[str, Any] | None = None,
+    index: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Loss:
+    r"""Denoising score matching on the levels of a chain, all equally likely.
+
+    With "uniform" weighting it is DDPM's :math:`\|\hat\epsilon - \epsilon\|^2` (Ho et al. 2020, eq. 14) and, on a VE
+    chain, SMLD's :math:`\sigma_i^2 \|\hat s + \epsilon / \sigma_i\|^2` (Song & Ermon 2019, eq. 6): the same quantity.
+
+    Args:
+        model: a score model on a chain.
+        x_0: data in model units, (B, *D).
+        weighting: "uniform", or "raw": mean square error of the network's own output.
+        reduce: "mean" or "half_sum", as in `continuous_loss`.
+        stratified: spread the levels of a batch evenly.
+        rng: generator of levels and noise; torch's global one if None.
+        condition: keyword arguments of the network, batch first.
+        index: levels, int64 (B,), to use instead of drawing.
+        noise: (B, *D) to use instead of drawing.
+
+    Raises:
+        ValueError: for a model on an SDE, unknown option values, or shapes that do not match.
+    """
+    law = model.law
+    if not isinstance(law, Chain):
+        raise ValueError("chain_loss needs a model on a chain (law=sde.discretize(n)); use continuous_loss.")
+    _check(x_0, weighting, ("uniform", "raw"), reduce, noise)
+    if index is None:
+        u = _lattice(x_0, rng) if stratified else _draw(torch.rand, (x_0.shape[0],), x_0, rng, torch.float64)
+        index = (u * law.n).long().clamp(max=law.n - 1)
+    elif index.shape != x_0.shape[:1] or index.is_floating_point():
+        raise ValueError(f"`index` must be int64 of shape ({x_0.shape[0]},), got {index.dtype} {tuple(index.shape)}.")
+    square = _square_error(model, x_0, law.knot(index, ndim=x_0.ndim), weighting, noise, rng, condition)
+    per_sample = _reduce(square, reduce)
+    return Loss(per_sample.mean(), per_sample, index)
+
+
+def _check(x_0: Tensor, weighting: str, weightings: tuple[str, ...], reduce: str, noise: Tensor | None) -> None:
+    if x_0.ndim < 2 or x_0.shape[0] == 0 or not x_0.is_floating_point():
+        raise ValueError(f"`x_0` must be floating point of shape (B, *D), got {x_0.dtype} {tuple(x_0.shape)}.")
+    if weighting not in weightings:
+        raise ValueError(f"`weighting` must be one of {', '.join(weightings)}, got {weighting!r}.")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"`reduce` must be one of {', '.join(REDUCTIONS)}, got {reduce!r}.")
+    if noise is not None and noise.shape != x_0.shape:
+        raise ValueError(f"`noise` must have the shape of x_0, {tuple(x_0.shape)}, got {tuple(noise.shape)}.")
+
+
+def _draw(fn: Any, shape: Any, like: Tensor, rng: torch.Generator | None, dtype: torch.dtype) -> Tensor:
+    """Random numbers where the generator lives, then on the device of `like`."""
+    device = like.device if rng is None else rng.device
+    return fn(shape, generator=rng, device=device, dtype=dtype).to(like.device)
+
+
+def _lattice(x_0: Tensor, rng: torch.Generator | None) -> Tensor:
+    """(B,) points in [0, 1): a lattice of spacing 1 / B with one random shift, each point uniform by itself."""
+    b = x_0.shape[0]
+    shift = _draw(torch.rand, (1,), x_0, rng, torch.float64)
+    return (shift + torch.arange(b, device=x_0.device, dtype=torch.float64) / b) % 1.0
+
+
+def _square_error(
+    model: ScoreModel,
+    x_0: Tensor,
+    knot: Knot,
+    weighting: str,
+    noise: Tensor | None,
+    rng: torch.Generator | None,
+    condition: Mapping[str, Any] | None,
+) -> Tensor:
+    """Elementwise squared error of the noise, or of the raw output, (B, *D)."""
+    if noise is None:
+        noise = _draw(torch.randn, x_0.shape, x_0, rng, x_0.dtype)
+    alpha, sigma = (torch.as_tensor(c).to(x_0) for c in (knot.alpha, knot.sigma))
+    prediction = model.predict(alpha * x_0 + sigma * noise, knot, **(condition or {}))
+    if weighting == "raw":
+        p, q = (torch.as_tensor(c).to(x_0) for c in prediction.parameterization.coefficients(knot))
+        return (prediction.raw - (p * x_0 + q * noise)).square()
+    return (prediction.noise - noise).square()
+
+
+def _reduce(square: Tensor, reduce: str) -> Tensor:
+    flat = square.flatten(1)
+    return flat.mean(1) if reduce == "mean" else 0.5 * flat.sum(1)

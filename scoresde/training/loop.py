@@ -1,0 +1,495 @@
+"""The training loop.
+
+Everything random at optimizer step n (which samples, times, noise, dropout) comes from generators seeded by
+(seed, n, process, part), never from a running stream. So there is no random state to save, and a run that was
+interrupted and resumed equals an uninterrupted one: bitwise on a CPU with the same number of threads. Runs with a
+wall-time budget (`training.max_seconds`) end, and lower their learning rate, by the clock: they cannot be repeated
+bitwise.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from scoresde import config as configs
+from scoresde.config import ConfigError
+from scoresde.data import Dataset, Split
+from scoresde.images import picture, save_png
+from scoresde.losses import chain_loss, continuous_loss
+from scoresde.score_model import DataSpec, ScoreModel
+from scoresde.training import checkpoint as ckpt
+from scoresde.training.ema import EMA
+from scoresde.training.metrics import Metrics
+from scoresde.training.samples import draw_samples
+from sde_lib import Chain, lookup
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+PRECISIONS = {"none": "no", "bf16": "bf16", "fp16": "fp16"}
+DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda f: 1.0,
+    "linear": lambda f: 1.0 - f,
+    "cosine": lambda f: 0.5 * (1.0 + math.cos(math.pi * f)),
+}
+"""Name -> factor of the learning rate after a fraction f of the run."""
+
+# what may change between the parts of a run: it does not touch the steps that were done
+_FREE = (
+    "sampling.",
+    "likelihood.",
+    *(f"training.{name}" for name in ("max_seconds", "log_every", "eval_", "sample_every", "checkpoint_every")),
+    *(f"training.{name}" for name in ("keep", "tensorboard", "cpu")),
+)
+
+_ORDER, _NOISE, _DROPOUT, _CLASSES, _EVAL = range(5)
+
+Sampler = Callable[[ScoreModel, ConfigDict], Tensor]
+Callback = Callable[[int, dict[str, float]], None]
+
+
+class TrainingError(ArithmeticError):
+    """Training failed numerically; the last checkpoint is still good."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingResult:
+    """Outcome of a run.
+
+    Attributes:
+        model: the model with its averaged weights, in eval mode.
+        step: optimizer steps done.
+        seconds: wall time spent training, interrupted parts included.
+        workdir: holds config.json, metrics.jsonl, tensorboard/, samples/ and checkpoints/.
+        data: what it was trained on.
+    """
+
+    model: ScoreModel
+    step: int
+    seconds: float
+    workdir: Path
+    data: Dataset
+
+
+def mix(*parts: int) -> int:
+    """A 63-bit seed from integers: neighbouring inputs give unrelated seeds (splitmix64)."""
+    state = 0
+    for part in parts:
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def generator(*parts: int) -> torch.Generator:
+    """A CPU generator seeded by `mix`. Its 32 effective bits are the high ones of the mixture."""
+    return torch.Generator().manual_seed(mix(*parts) >> 31)
+
+
+class Order:
+    """Rows of batch after batch: a stream of permutations of all rows, one per epoch, as a function of the seed.
+
+    Args:
+        n: number of rows.
+        batch_size: rows per batch; batches run on across epochs, so none is short.
+        seed: of the permutations.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self._epoch, self._rows = -1, torch.empty(0, dtype=torch.int64)
+
+    def rows(self, step: int) -> Tensor:
+        """Rows of the batch of step 0, 1, …, int64 (batch_size,)."""
+        position, end = step * self.batch_size, (step + 1) * self.batch_size
+        parts = []
+        while position < end:
+            epoch, offset = divmod(position, self.n)
+            if epoch != self._epoch:
+                self._rows = torch.randperm(self.n, generator=generator(self.seed, _ORDER, epoch))
+                self._epoch = epoch
+            parts.append(self._rows[offset : offset + end - position])
+            position += len(parts[-1])
+        return torch.cat(parts)
+
+
+def learning_rate(section: ConfigDict, n: int, fraction: float) -> float:
+    """Learning rate of the n-th step (1, 2, …): linear warm-up, times the decay after `fraction` of the run."""
+    warm = min(1.0, n / section.warmup) if section.warmup > 0 else 1.0
+    return section.learning_rate * warm * DECAYS[section.decay](min(max(fraction, 0.0), 1.0))
+
+
+class _Objective(nn.Module):
+    """The loss as a module: the wrappers of Accelerate (DDP, autocast) act on `forward` only."""
+
+    def __init__(self, model: ScoreModel, config: ConfigDict) -> None:
+        super().__init__()
+        self.model = model
+        t = config.training
+        self.options: dict[str, Any] = {"weighting": t.weighting, "reduce": t.reduce}
+        self.loss: Callable[..., Any] = chain_loss
+        if not isinstance(model.law, Chain):
+            self.loss = continuous_loss
+            self.options["times"] = t.times
+
+    def forward(self, x_0: Tensor, classes: Tensor | None, rng: torch.Generator) -> Tensor:
+        """(B,) losses."""
+        condition = {} if classes is None else {"class_label": classes}
+        return self.loss(self.model, x_0, rng=rng, condition=condition, **self.options).per_sample
+
+
+def check(config: ConfigDict) -> None:
+    """Raise a `ConfigError` for training settings that cannot work, before anything is built."""
+    t = config.training
+    for name in ("batch_size", "steps", "accumulation", "keep", "log_every"):
+        if t[name] < 1:
+            raise ConfigError(f"training.{name} must be >= 1, got {t[name]}.")
+    for name in ("warmup", "clip", "eval_every", "sample_every", "checkpoint_every", "weight_decay"):
+        if t[name] < 0:
+            raise ConfigError(f"training.{name} must be >= 0, got {t[name]}.")
+    if t.learning_rate <= 0.0:
+        raise ConfigError(f"training.learning_rate must be > 0, got {t.learning_rate}.")
+    if t.max_seconds is not None and t.max_seconds <= 0.0:
+        raise ConfigError(f"training.max_seconds must be > 0 or unset, got {t.max_seconds}.")
+    if not 0.0 <= t.class_dropout <= 1.0:
+        raise ConfigError(f"training.class_dropout must be in [0, 1], got {t.class_dropout}.")
+    if config.sde.chain is not None and t.times != "uniform":
+        raise ConfigError(f"training.times={t.times!r} needs continuous time; levels of a chain are uniform.")
+    for table, name, what in (
+        (OPTIMIZERS, t.optimizer, "training.optimizer"),
+        (PRECISIONS, t.precision, "training.precision"),
+        (DECAYS, t.decay, "training.decay"),
+    ):
+        configs.lookup_entry(table, name, what)
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    resume: bool = True,
+    progress: bool | None = None,
+    sampler: Sampler | None = None,
+    callback: Callback | None = None,
+) -> TrainingResult:
+    """Train a score model by denoising score matching.
+
+    Writes into `workdir`: config.json, metrics.jsonl, tensorboard/ (if installed), samples/ and checkpoints/. Starts
+    from the newest checkpoint there. Runs on what Accelerate finds: one device, or several under torchrun, where
+    `training.batch_size` is the number of samples per optimizer step over all of them.
+
+    Args:
+        config: see `scoresde.config.defaults`.
+        workdir: folder of the run.
+        resume: continue from the newest checkpoint in `workdir`; if False, one there is an error.
+        progress: whether to show a progress bar; None: on a terminal.
+        sampler: (model, config) -> samples in data units for the sample pictures; `draw_samples` with one class after
+            the other by default.
+        callback: called with (step, metrics) after every logged step. An exception it raises ends the run.
+
+    Raises:
+        ConfigError: for settings that do not work, or a workdir whose run had other ones.
+        CheckpointError: for a damaged checkpoint.
+        TrainingError: if the loss becomes NaN or infinite.
+        ImportError: without Accelerate (``pip install scoresde[train]``).
+        OSError: if a checkpoint cannot be written (a full disk); earlier ones are untouched.
+    """
+    check(config)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):  # the caller's random stream goes on as if nothing had happened
+        return _Run(config, Path(workdir), resume, sampler, callback).run(progress)
+
+
+class _Run:
+    """One run: what `train` keeps between its steps."""
+
+    def __init__(
+        self, config: ConfigDict, workdir: Path, resume: bool, sampler: Sampler | None, callback: Callback | None
+    ) -> None:
+        self.config, self.workdir, self.section = config, workdir, config.training
+        self.sampler, self.callback = sampler or _one_class_after_the_other, callback
+        self.root = workdir / "checkpoints"
+        found = self._found(resume)
+        self.accelerator = _accelerator(self.section)
+        self.main = self.accelerator.is_main_process
+        parts = self.section.accumulation * self.accelerator.num_processes
+        if self.section.batch_size % parts:
+            raise ConfigError(
+                f"training.batch_size={self.section.batch_size} must be a multiple of {parts} (accumulation "
+                f"{self.section.accumulation} x {self.accelerator.num_processes} processes)."
+            )
+        self.part_size = self.section.batch_size // parts
+        self.data = configs.make_data(config)
+        torch.manual_seed(mix(config.seed))
+        self.model = configs.make_model(config, self.data.spec)
+        self._check_loss()
+        if self.main:
+            ckpt.clean(self.root)
+            configs.save(config, workdir / "config.json")
+        self.model.to(self.accelerator.device)
+        self.ema = EMA(self.model, self.section.ema_decay)
+        t = self.section
+        make: Any = lookup(OPTIMIZERS, t.optimizer, "optimizer")
+        betas = (t.beta1, t.beta2)
+        optimizer = make(
+            self.model.parameters(), t.learning_rate, betas=betas, eps=t.eps, weight_decay=t.weight_decay, fused=True
+        )
+        self.objective, self.optimizer = self.accelerator.prepare(_Objective(self.model, config), optimizer)
+        self.step, self.seconds, self.saved = 0, 0.0, -1
+        self.loss_sum, self.loss_count = torch.zeros((), dtype=torch.float64, device=self.accelerator.device), 0
+        if found is not None:
+            self._restore(found)
+        self.train_data = _placed(self.data.train, self.accelerator.device)
+        self.held_out = _placed(self.data.held_out, self.accelerator.device)
+        self.order = Order(len(self.train_data), t.batch_size, config.seed)
+        self.metrics = Metrics(workdir, self.step, t.tensorboard) if self.main else None
+
+    # --- before the first step ----------------------------------------------------------------------------------------
+    def _found(self, resume: bool) -> ckpt.Checkpoint | None:
+        newest = ckpt.latest(self.root)
+        if newest is None:
+            return None
+        if not resume:
+            raise ConfigError(
+                f"{self.workdir} holds a run at {newest.name}; resume it, or choose another --workdir."
+            )
+        found = ckpt.read_checkpoint(newest)
+        earlier = configs.from_dict(found.state["config"])
+        differ = configs.differences(earlier, self.config)
+        free = _FREE if self.section.decay != "constant" else (*_FREE, "training.steps")
+        bad = [field for field in differ if not field.startswith(free)]
+        if bad:
+            was, now = dict(configs.flatten(earlier)), dict(configs.flatten(self.config))
+            shown = ", ".join(f"{field} was {was[field]!r} and is {now[field]!r}" for field in bad[:3])
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            raise ConfigError(
+                f"The run in {self.workdir} has another configuration: {shown}{more}. Choose another --workdir, or "
+                "use its config.json."
+            )
+        return found
+
+    def _check_loss(self) -> None:
+        """One tiny evaluation, so that a misspelt weighting fails before the first step and before any file."""
+        spec = self.data.spec
+        x_0 = spec.encode(self.data.train.data[:1])
+        try:
+            with torch.no_grad():
+                _Objective(self.model, self.config)(x_0, None, generator(0))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+
+    def _restore(self, found: ckpt.Checkpoint) -> None:
+        where = found.path
+        for name in ("model", "ema"):
+            ckpt.check_tensors(found.tensors[name], self.model.state_dict(), f"{where} ({name})")
+        self.model.load_state_dict(found.tensors["model"])
+        state = found.state
+        try:
+            self.ema.load(found.tensors["ema"], int(state["ema_updates"]))
+            ckpt.load_optimizer(self.optimizer.optimizer, self.model, found.tensors["optimizer"], where)
+            self.step, self.seconds, self.saved = found.step, float(state["seconds"]), found.step
+            self.loss_sum.fill_(float(state["loss_sum"]))
+            self.loss_count = int(state["loss_count"])
+            scaler = self.accelerator.scaler
+            if scaler is not None and state["scaler"]:
+                scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError) as error:
+            raise ckpt.CheckpointError(f"{where / 'state.json'} is incomplete: {error!r}.") from error
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+    def run(self, progress: bool | None) -> TrainingResult:
+        t = self.section
+        by_clock = t.max_seconds is not None
+        disable = True if not self.main else None if progress is None else not progress
+        bar = tqdm(
+            total=round(t.max_seconds) if by_clock else t.steps,
+            initial=round(self.seconds) if by_clock else self.step,
+            unit="s" if by_clock else "step",
+            desc="training",
+            disable=disable,
+        )
+        started = time.perf_counter() - self.seconds
+        try:
+            with bar:
+                while True:
+                    self.seconds = time.perf_counter() - started
+                    fraction = self._fraction()
+                    if fraction >= 1.0:
+                        break
+                    norm, rate = self._step(fraction)
+                    self.step += 1
+                    if self.step % t.log_every == 0:
+                        self._log(bar, rate, norm)
+                    if _due(self.step, t.eval_every):
+                        self._evaluate()
+                    if _due(self.step, t.sample_every):
+                        self._sample()
+                    if _due(self.step, t.checkpoint_every):
+                        self._save()
+                    bar.update((round(self.seconds) if by_clock else self.step) - bar.n)
+            if self.step != self.saved:
+                self._save()
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+        shadow = self.ema.state_dict()
+        self.model.load_state_dict(shadow)
+        return TrainingResult(self.model.eval(), self.step, self.seconds, self.workdir, self.data)
+
+    def _fraction(self) -> float:
+        """How much of the run is done: the larger of steps and wall time, the same on every process."""
+        fraction = self.step / self.section.steps
+        if self.section.max_seconds is None:
+            return fraction
+        clock = torch.tensor([self.seconds / self.section.max_seconds], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast  # type: ignore[import-untyped]
+
+            clock = broadcast(clock.float().to(self.accelerator.device))  # the clock of process 0 rules
+        return max(fraction, float(clock))
+
+    def _step(self, fraction: float) -> tuple[Tensor | None, float]:
+        """One optimizer step; returns the gradient norm and the learning rate."""
+        t, accelerator = self.section, self.accelerator
+        rate = learning_rate(t, self.step + 1, fraction)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.objective.train()
+        rows = self.order.rows(self.step)
+        for part in range(t.accumulation):
+            first = (part * accelerator.num_processes + accelerator.process_index) * self.part_size
+            mine = rows[first : first + self.part_size]
+            where = (self.config.seed, self.step, accelerator.process_index, part)
+            x_0, classes = self._batch(self.train_data, mine, where, t.class_dropout)
+            torch.manual_seed(mix(_DROPOUT, *where))
+            last = part == t.accumulation - 1
+            with nullcontext() if last else accelerator.no_sync(self.objective):
+                loss = self.objective(x_0, classes, generator(_NOISE, *where)).mean() / t.accumulation
+                accelerator.backward(loss)
+            self.loss_sum += loss.detach().double()
+        self.loss_count += 1
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), t.clip) if t.clip > 0.0 else None
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update()
+        return norm, rate
+
+    def _batch(
+        self, split: Split, rows: Tensor, where: tuple[int, ...], class_dropout: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Samples in model units, dequantized where they have levels, and their classes, some replaced by null."""
+        spec: DataSpec = self.data.spec
+        device = self.accelerator.device
+        data = split.data[rows.to(split.data.device)].to(device)
+        rng = generator(_CLASSES, *where)
+        u = torch.rand(data.shape, generator=rng).to(device) if spec.levels is not None else None
+        x_0 = spec.encode(data, u)
+        if split.labels is None or not spec.num_classes:
+            return x_0, None
+        classes = split.labels[rows.to(split.labels.device)].to(device)
+        dropped = (torch.rand(len(rows), generator=rng) < class_dropout).to(device)
+        return x_0, torch.where(dropped, spec.num_classes, classes)
+
+    # --- what happens now and then ------------------------------------------------------------------------------------
+    def _log(self, bar: Any, rate: float, norm: Tensor | None) -> None:
+        mean = self.accelerator.reduce(self.loss_sum / self.loss_count, "mean")
+        loss = float(mean)
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The loss is {loss} between steps {self.step - self.section.log_every + 1} and {self.step}. Lower "
+                "training.learning_rate or training.clip, and resume from the last checkpoint."
+            )
+        values = {"loss": loss, "learning_rate": rate, "seconds": self.seconds}
+        if norm is not None:
+            values["gradient_norm"] = float(norm)
+        if self.metrics is not None:
+            self.metrics.scalars(self.step, **values)
+            bar.set_postfix(loss=f"{loss:.4g}", step=self.step, refresh=False)
+        if self.callback is not None:
+            self.callback(self.step, values)
+
+    def _evaluate(self) -> None:
+        """Loss of the averaged weights on held-out data, always with the same times and noise."""
+        if self.metrics is None:
+            return
+        n = min(len(self.held_out), self.section.eval_samples)
+        objective = _Objective(self.model.eval(), self.config)
+        total = 0.0
+        with self.ema.applied(), torch.no_grad():
+            for start in range(0, n, 256):
+                rows = torch.arange(start, min(start + 256, n))
+                where = (self.config.seed, start)
+                x_0, classes = self._batch(self.held_out, rows, (_EVAL, *where), 0.0)
+                total += float(objective(x_0, classes, generator(_EVAL, _NOISE, *where)).double().sum())
+        self.metrics.scalars(self.step, held_out_loss=total / n)
+
+    def _sample(self) -> None:
+        if self.metrics is None:
+            return
+        with self.ema.applied():
+            image = picture(self.sampler(self.model.eval(), self.config), self.data.spec)
+        if image is not None:
+            save_png(image, self.workdir / "samples" / f"step_{self.step:08d}.png")
+            self.metrics.image(self.step, "samples", image)
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            scaler = self.accelerator.scaler
+            tensors = {
+                "model": self.model.state_dict(),
+                "ema": self.ema.state_dict(),
+                "optimizer": ckpt.optimizer_tensors(self.optimizer.optimizer, self.model),
+            }
+            state = {
+                "config": configs.to_dict(self.config),
+                "ema_updates": self.ema.updates,
+                "seconds": self.seconds,
+                "loss_sum": float(self.loss_sum),
+                "loss_count": self.loss_count,
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "processes": self.accelerator.num_processes,
+            }
+            ckpt.save_checkpoint(self.root, self.step, tensors, state, self.model.config(), self.section.keep)
+        self.saved = self.step
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _one_class_after_the_other(model: ScoreModel, config: ConfigDict) -> Tensor:
+    classes = 0 if model.data_spec is None else model.data_spec.num_classes
+    labels = torch.arange(config.sampling.n) % classes if classes else None
+    return draw_samples(model, config, class_label=labels).data
+
+
+def _placed(split: Split, device: torch.device) -> Split:
+    """A split on the device if it is small enough to live there for good."""
+    if split.data.numel() * split.data.element_size() > 2**30:
+        return split
+    return Split(split.data.to(device), None if split.labels is None else split.labels.to(device))
+
+
+def _accelerator(section: ConfigDict) -> Any:
+    try:
+        from accelerate import Accelerator  # type: ignore[import-untyped]
+        from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError("Training needs Accelerate: pip install scoresde[train]") from error
+    AcceleratorState._reset_state(reset_partial_state=False)  # an earlier run in this process may have had another one
+    try:
+        return Accelerator(mixed_precision=PRECISIONS[section.precision], cpu=section.cpu)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"training.precision={section.precision!r} does not work here: {error}") from error
