@@ -5,6 +5,8 @@ from scoresde.config import defaults
 
 def get_config():
     c = defaults()
+    c.network.unet.channels = 32
+    c.network.unet.dropout = 0.1
     c.sde.chain = 1000
     c.model.parameterization = "noise"
     c.model.label = "index"

@@ -17,7 +17,7 @@ from solvers.grids import (
     UniformTime,
     make_knots,
 )
-from solvers.noise import Draw, Independent, Noise, PerSample, Recorded, as_draw
+from solvers.noise import BrownianPath, Draw, Independent, Noise, PerSample, Recorded, as_draw
 from solvers.predictor_corrector import CORRECTORS, AnnealedLangevin, Corrector, Langevin, PredictorCorrector
 from solvers.runge_kutta import RK4, TABLEAUX, BogackiShampine, DormandPrince, Heun, Midpoint, RungeKutta, Tableau
 from solvers.solve import sample, solve
@@ -54,6 +54,7 @@ __all__ = [
     "Angle",
     "AnnealedLangevin",
     "BogackiShampine",
+    "BrownianPath",
     "Coordinate",
     "Corrector",
     "DormandPrince",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from sde_lib import Knot
+from sde_lib import _math as m
+from sde_lib._math import Real
 
 
 class Draw:
@@ -138,6 +140,88 @@ class _PerSampleDraw(Draw):
         pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1)
         flat = pairs.reshape(len(bits), -1)[:, : self.n].to(dtype)
         return flat.reshape(self.like.shape).to(self.like.dtype)
+
+
+class BrownianPath(Noise):
+    r"""One Brownian path per sample, whatever the grid: solvers and step counts of a comparison share it.
+
+    The path runs in the clock in which the reverse SDE's noise is a standard Brownian motion,
+    :math:`\tau = \alpha^2 / \sigma^2 = e^{2\lambda}`; ``draw(t, s)`` is its increment between two knots, scaled to unit
+    variance. Increments over neighbouring intervals add up to the increment over both, so refining a grid refines
+    the noise. Values come from a tree of Brownian bridges, dyadic in lambda over [-16, 16] and 20 levels deep (cells
+    of 3e-5), on the counter-based normals of `PerSample`; two points within one cell do not know of each other.
+
+    Args:
+        seeds: an int, or one int per sample (sample i then keeps its path in any batch).
+    """
+
+    def __init__(self, seeds: int | Sequence[int] = 0) -> None:
+        self.seeds = seeds
+
+    def bind(self, x: Tensor) -> Draw:
+        seeds = [_mix(self.seeds) + i for i in range(len(x))] if isinstance(self.seeds, int) else list(self.seeds)
+        return _PathDraw(PerSample(seeds).bind(x), PerSample(seeds).bind(x.double()), x.dtype)
+
+
+_REACH, _DEPTH = 16.0, 20
+
+
+class _PathDraw(Draw):
+    def __init__(self, draw: Draw, wide: Draw, dtype: torch.dtype) -> None:
+        self.draw, self.wide, self.dtype = draw, wide, dtype
+        self.recent: dict[float, Tensor] = {}
+
+    def __call__(self, t: Knot, s: Knot) -> Tensor:
+        increment = self._at(s.half_log_snr) - self._at(t.half_log_snr)
+        span = m.exp(2.0 * s.half_log_snr) - m.exp(2.0 * t.half_log_snr)
+        return (increment / m.sqrt(span)).to(self.dtype)
+
+    def normal(self, *key: Any) -> Tensor:
+        return self.draw.normal(*key)
+
+    def integer(self) -> int:
+        return self.draw.integer()
+
+    def restart(self) -> Draw:
+        return self
+
+    def _at(self, lam: Real) -> Tensor:
+        """The path at lambda; on a fixed grid the last two values are remembered."""
+        if isinstance(lam, Tensor):
+            return self._descend(lam)
+        if lam not in self.recent:
+            if not lam < _REACH:
+                raise ValueError(f"A BrownianPath reaches up to half_log_snr = {_REACH}, got {lam}.")
+            value = self._descend(lam)
+            self.recent = dict([*self.recent.items(), (lam, value)][-2:])
+        return self.recent[lam]
+
+    def _descend(self, lam: Real) -> Tensor:
+        z = self.wide.normal
+        low, high, index = m.full_like(lam, -_REACH), m.full_like(lam, _REACH), m.full_like(lam, 0.0)
+        tau_low, tau_high = m.exp(2.0 * low), m.exp(2.0 * high)
+        w_low = m.sqrt(tau_low) * z("low")
+        w_high = w_low + m.sqrt(tau_high - tau_low) * z("high")
+        if not isinstance(lam, Tensor) and lam <= -_REACH:  # alpha = 0: the path starts at zero there
+            return m.exp(lam) / m.exp(-_REACH) * w_low
+        for level in range(_DEPTH + 1):
+            last = level == _DEPTH
+            mid = lam if last else 0.5 * (low + high)
+            tau = m.exp(2.0 * mid)
+            share = (tau - tau_low) / (tau_high - tau_low)
+            fresh = z("leaf", lam) if last else z("tree", float(level), index)
+            w = w_low + share * (w_high - w_low) + m.sqrt(share * (tau_high - tau)) * fresh
+            if isinstance(lam, Tensor) and isinstance(mid, Tensor):
+                up = lam >= mid
+                low, high = torch.where(up, mid, low), torch.where(up, high, mid)
+                tau_low, tau_high = torch.where(up, tau, tau_low), torch.where(up, tau_high, tau)
+                w_low, w_high = torch.where(up, w, w_low), torch.where(up, w_high, w)
+                index = 2.0 * index + up
+            elif lam >= mid:
+                low, tau_low, w_low, index = mid, tau, w, 2.0 * index + 1.0
+            else:
+                high, tau_high, w_high, index = mid, tau, w, 2.0 * index
+        return w
 
 
 class Recorded(Noise):

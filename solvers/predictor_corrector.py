@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -170,6 +170,14 @@ class PredictorCorrector(Solver):
         return (self._corrector is not None and self._corrector.batch_coupled) or (
             self._predictor is not None and self._predictor.batch_coupled
         )
+
+    def bind(self, knots: Sequence[Knot]) -> Solver:
+        """Binds the predictor."""
+        if self._predictor is None:
+            return self
+        bound = replace(self)
+        object.__setattr__(bound, "_predictor", self._predictor.bind(knots))
+        return bound
 
     def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """Predict, then correct at s; or correct at t, then predict."""

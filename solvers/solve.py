@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_lib import Knot, ReverseSDE
+from sde_lib import Chain, Knot, ReverseSDE
 from sde_lib._checks import check_state
 from solvers.grids import GridLike, make_knots
 from solvers.noise import Draw, Rng, as_draw
@@ -142,7 +142,11 @@ def _knots(
     if nfe is not None:
         if steps is not None:
             raise ValueError(f"Give `steps` or `nfe`, not both (got steps={steps}, nfe={nfe}).")
-        steps = solver.steps_for(nfe, end)
+        chain = grid if isinstance(grid, Chain) else rev.law if grid is None and isinstance(rev.law, Chain) else None
+        if chain is None:
+            steps = solver.steps_for(nfe, end)
+        else:  # the last step of a chain, to the data, is one call
+            steps = 1 if nfe == 1 else min(chain.n, 1 + solver.steps_for(nfe, "denoise"))
     elif steps is None and solver.adaptive:
         steps = 1 if _spaced(grid) else None
     knots = make_knots(rev.law, grid, steps, end, solver.needs_drift)

@@ -77,7 +77,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
     if head[8:9] != b"{" and (head[:2] == b"PK" or head[:1] == b"\x80"):
         raise CheckpointError(
             f"{path} is a pickle (torch.save), which can run any code when it is loaded; it was not opened. If you "
-            "trust it, read it with torch.load(path, weights_only=True) and write it with scoresde.save_model."
+            "trust it, read it with torch.load(path, weights_only=True) and write it with scoresde.training.save_model."
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -380,7 +380,7 @@ def load_optimizer(
         name, _, field = key.rpartition("|")
         if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
             raise CheckpointError(f"Optimizer state {key!r} {tuple(value.shape)} in {where} does not fit the model.")
-        state.setdefault(name, {})[field] = value
+        state.setdefault(name, {})[field] = value.clone()  # load_state_dict would share it
     # by position, as torch numbers parameters over its groups; load_state_dict moves them to their devices
     numbers: dict[Tensor, int] = {}
     for group in optimizer.param_groups:

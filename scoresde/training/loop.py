@@ -488,7 +488,8 @@ def _accelerator(section: ConfigDict) -> Any:
         from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("Training needs Accelerate: pip install scoresde[train]") from error
-    AcceleratorState._reset_state(reset_partial_state=False)  # an earlier run in this process may have had another one
+    # Accelerate keeps precision and device for the whole process; an earlier run in it may have had other ones
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     try:
         return Accelerator(mixed_precision=PRECISIONS[section.precision], cpu=section.cpu)
     except (RuntimeError, ValueError) as error:

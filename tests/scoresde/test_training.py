@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -221,6 +225,36 @@ def test_bad_settings_fail_before_anything_is_written(tmp_path, override, messag
 def test_chain_takes_no_importance_times(tmp_path):
     with pytest.raises(ConfigError, match="continuous time"):
         run(tmp_path, "--config.sde.chain=100", "--config.training.times=importance")
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_and_resume(tmp_path):
+    """Under torchrun. Judged by what was written: gloo processes sometimes abort after their last line."""
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from scoresde import config\nfrom scoresde.training import train\n"
+        "workdir, steps, *overrides = sys.argv[1:]\n"
+        "settings = config.override(config.defaults(), [*overrides, f'--config.training.steps={steps}'])\n"
+        "result = train(settings, workdir, progress=False)\n"
+        "total = sum(float(p.double().sum()) for p in result.model.state_dict().values())\n"
+        "import os; print(total, file=open(f'{workdir}/rank{os.environ[\"RANK\"]}.txt', 'w'))\n"
+    )
+
+    def launch(workdir, steps):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        subprocess.run([*command, str(workdir), str(steps), *TINY], env=environment, capture_output=True, check=False)
+
+    launch(tmp_path / "whole", 12)
+    launch(tmp_path / "parts", 8)
+    launch(tmp_path / "parts", 12)
+    a, b = (read_checkpoint(latest(tmp_path / p / "checkpoints")) for p in ("whole", "parts"))
+    assert a.step == b.step == 12 and a.state["processes"] == b.state["processes"] == 2
+    for name, value in a.tensors["ema"].items():
+        assert torch.equal(value, b.tensors["ema"][name]), name
+    ranks = [(tmp_path / "whole" / f"rank{i}.txt").read_text() for i in (0, 1)]
+    assert ranks[0] == ranks[1]
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,144 @@
+"""The command line, in process and as a process: whole little runs, and mistakes that are one line."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scoresde import config as configs
+from scoresde.cli import main
+
+TINY = [
+    "--config.data.digits.held_out=0.05",
+    "--config.network.unet.channels=8",
+    "--config.training.batch_size=16",
+    "--config.training.steps=3",
+    "--config.training.sample_every=0",
+    "--config.training.tensorboard=False",
+    "--config.training.max_seconds=1000",
+    "--config.training.cpu=True",
+    "--config.sampling.n=4",
+    "--config.sampling.steps=2",
+    "--config.likelihood.rtol=0.1",
+    "--config.likelihood.atol=0.1",
+    "--config.likelihood.atol_nats=10",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    assert main(["train", "--config", "digits_vp", "--workdir", str(workdir), *TINY]) == 0
+    return workdir
+
+
+def test_train_writes_a_run_and_continues_it(trained, capsys):
+    assert configs.restore(trained / "config.json").training.steps == 3
+    assert (trained / "metrics.jsonl").exists() and (trained / "checkpoints" / "step_00000003").is_dir()
+    again = ["train", "--config", str(trained / "config.json"), "--workdir", str(trained)]
+    assert main(again) == 0 and "3 steps" in capsys.readouterr().out
+    assert main([*again, "--no-resume"]) == 2 and "holds a run" in capsys.readouterr().err
+
+
+def test_sample_to_a_picture_and_to_arrays(trained, tmp_path, capsys):
+    base = ["sample", "--workdir", str(trained), "--device=cpu"]
+    assert main([*base, "--out", str(tmp_path / "a.png"), "--solver=ddim", "--nfe", "3"]) == 0
+    assert "4 samples by ddim, 3 network calls each" in capsys.readouterr().out
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.mode == "L" and min(image.size) > 16
+    for name, extra in (("a.npy", []), ("b.npy", []), ("c.npy", ["--seed=1"]), ("d.npy", ["--raw-weights"])):
+        assert main([*base, "--out", str(tmp_path / name), *extra]) == 0
+    assert [line.split("step_")[1][9:12] for line in capsys.readouterr().out.splitlines()] == 3 * ["ema"] + ["mod"]
+    a, b, c = (np.load(tmp_path / f"{n}.npy") for n in "abc")
+    assert a.shape == (4, 1, 8, 8) and a.min() >= 0 and a.max() <= 16
+    assert (a == b).all() and (a != c).any()
+    assert main([*base, "--out", str(tmp_path / "a.npz"), "--class=all", "--guidance=2", "--n=12"]) == 0
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["data"].shape == (12, 1, 8, 8) and file["labels"].tolist() == [*range(10), 0, 1]
+    checkpoint = str(trained / "checkpoints" / "step_00000003")
+    assert main(["sample", "--checkpoint", checkpoint, "--out", str(tmp_path / "e.npy"), "--device=cpu"]) == 0
+    assert (np.load(tmp_path / "e.npy") == a).all()
+    assert main([*base, "--class=3", "--config.sampling.n=2"]) == 0 and (trained / "samples.png").exists()
+
+
+def test_likelihood_of_held_out_data(trained, tmp_path, capsys):
+    out = tmp_path / "bits.json"
+    base = ["likelihood", "--workdir", str(trained), "--device=cpu", "--n=6", f"--out={out}"]
+    assert main(base) == 0 and "6 held-out samples" in capsys.readouterr().out
+    figures = json.loads(out.read_text())
+    assert figures["samples"] == 6 and 1.0 < figures["bits_per_dim"] < 10.0 and figures["standard_error"] > 0.0
+    assert main([*base, "--given-class"]) == 0
+    assert json.loads(out.read_text())["bits_per_dim"] != figures["bits_per_dim"]
+
+
+MISTAKES = [
+    ([], "COMMAND"),
+    (["trian"], "invalid choice"),
+    (["train", "--config=digits_vp"], "--workdir"),
+    (["train", "--config=digitsvp", "--workdir={tmp}"], "Did you mean 'digits_vp'"),
+    (["train", "--config=digits_vp", "--workdir={tmp}", "--config.training.step=3"], "Did you mean 'steps'"),
+    (["train", "--config=digits_vp", "--workdir={tmp}", "--config.training.steps=many"], "invalid literal"),
+    (["train", "--config=digits_vp", "--workdir={tmp}", "--oops"], "Unknown argument '--oops'"),
+    (["train", "--config=digits_vp", "--workdir={tmp}", "--config.sde.name=vpp"], "Did you mean 'vp'"),
+    (["train", "--config=digits_vp", "--workdir={file}/run"], "Not a directory"),
+    (["sample", "--workdir={tmp}"], "No checkpoint"),
+    (["sample", "--workdir={tmp}/nowhere"], "No such file"),
+    (["sample", "--workdir={run}", "--solver=huen"], "Did you mean 'heun'"),
+    (["sample", "--workdir={run}", "--steps=3", "--nfe=3"], "not both"),
+    (["sample", "--workdir={run}", "--steps=0"], "steps"),
+    (["sample", "--workdir={run}", "--n=0"], ">= 1"),
+    (["sample", "--workdir={run}", "--class=12"], "0 to 9"),
+    (["sample", "--workdir={run}", "--class=x"], "a number or `all`"),
+    (["sample", "--workdir={run}", "--guidance=2"], "needs a class"),
+    (["sample", "--workdir={run}", "--out=x.jpg"], ".png"),
+    (["sample", "--workdir={run}", "--device=gpuu"], "device"),
+    (["sample", "--checkpoint={file}"], "truncated or damaged"),
+    (["sample", "--workdir={run}", "--steps=x"], "invalid int"),
+    (["likelihood", "--workdir={run}", "--n=100000"], "held-out"),
+    (["configs", "--x"], "Unknown argument"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes_are_one_line_on_stderr_and_exit_code_2(trained, tmp_path, capsys, arguments, message):
+    file = tmp_path / "file"
+    file.write_bytes(b"not a checkpoint")
+    words = [a.format(tmp=tmp_path, run=trained, file=file) for a in arguments]
+    try:
+        code = main(words)
+    except SystemExit as error:  # argparse's way
+        code = error.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and message in err
+    assert err.endswith("\n") and err.count("\n") == 1 and err.startswith("scoresde")
+
+
+def test_configs_lists_the_shipped_ones(capsys):
+    assert main(["configs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == configs.known() and all(len(line.split()) > 3 for line in lines)
+
+
+def test_override_after_a_space(trained, tmp_path, capsys):
+    out = str(tmp_path / "x.npy")
+    arguments = ["sample", "--workdir", str(trained), "--out", out, "--device=cpu", "--config.sampling.n", "3"]
+    assert main(arguments) == 0 and np.load(out).shape[0] == 3
+
+
+def test_as_a_process_anywhere(tmp_path):
+    def scoresde(*arguments):
+        command = [sys.executable, "-m", "scoresde", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+
+    done = scoresde("--help")
+    assert done.returncode == 0 and all(c in done.stdout for c in ("train", "sample", "likelihood", "demo"))
+    done = scoresde("train", "--config=digits_vq", "--workdir=x")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_traceback_on_demand(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", "sample", "--workdir", str(tmp_path / "none")])
