@@ -45,7 +45,7 @@ class Chain:
         sigma: Sequence[Any],
         prior_std: float,
     ) -> None:
-        if len(times) < 1 or any(b >= a for a, b in itertools.pairwise(half_log_snr)):
+        if len(times) < 1 or any(not b < a for a, b in itertools.pairwise(half_log_snr)):
             raise ValueError("A chain needs at least one level and a strictly descending half_log_snr.")
         self.prior_std = prior_std
         self.levels = tuple(

@@ -139,7 +139,12 @@ def noise_fraction(s: Knot, t: Knot) -> Real:
     .. math:: 1 - e^{2(\lambda_t - \lambda_s)} = \mathrm{Var}(x_t \mid x_s) / \sigma_t^2 \in [0, 1]
 
     Through expm1, never as a difference of variances.
+
+    Raises:
+        ValueError: if `s` is the noisier of the two (checked for knots of floats).
     """
+    if isinstance(t.half_log_snr, float) and isinstance(s.half_log_snr, float) and t.half_log_snr > s.half_log_snr:
+        raise ValueError(f"`s` must be the cleaner time, got s = {s.t} and t = {t.t}: kernels run forward only.")
     return -m.expm1(2.0 * (t.half_log_snr - s.half_log_snr))
 
 

@@ -165,10 +165,11 @@ class SDE(ABC):
 
         Its time is clamped to [t_min, t_max], so that rounding never leaves the domain of the model.
         """
-        t = self._time_at(half_log_snr)
-        if isinstance(t, Tensor):
+        # beyond +-300 e^lambda leaves float64, and every law's domain has long ended
+        if isinstance(half_log_snr, Tensor):
+            t = self._time_at(half_log_snr.clamp(-300.0, 300.0))
             return self.knot(t.clamp(self.t_min, self.t_max), ndim=t.ndim)
-        return self.knot(min(max(t, self.t_min), self.t_max))
+        return self.knot(min(max(self._time_at(min(max(half_log_snr, -300.0), 300.0)), self.t_min), self.t_max))
 
     def discretize(self, n: int) -> Chain:
         """The exact marginals at t_i = t_min + (t_max - t_min) i / (n - 1), as a chain of n steps."""

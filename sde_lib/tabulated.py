@@ -35,7 +35,7 @@ class TabulatedSDE(SDE):
 
     def __post_init__(self) -> None:
         table = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64).flatten().tolist()
-        if len(table) < 2 or any(b >= a for a, b in itertools.pairwise(table)):
+        if len(table) < 2 or any(not b < a for a, b in itertools.pairwise(table)):
             raise ValueError("`alphas_cumprod` must hold at least two strictly decreasing values.")
         if not (0.0 < table[-1] and table[0] < 1.0):
             raise ValueError(f"`alphas_cumprod` must lie inside (0, 1), got {table[0]} … {table[-1]}.")

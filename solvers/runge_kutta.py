@@ -239,7 +239,7 @@ def rescale(x: Tensor, c: Real) -> Tensor:
 class Heun(RungeKutta):
     r"""Heun's method with the stochastic churn of Karras et al. 2022, arXiv:2206.00364, Algorithms 1 and 2.
 
-    Two calls per step, order 2. With `s_churn` > 0 the noise level is first raised from u = sigma / alpha to
+    Two calls per step, (weak) order 2. With `s_churn` > 0 the noise level is first raised from u = sigma / alpha to
     (1 + gamma) u by fresh noise, gamma = min(s_churn / N, sqrt(2) - 1) where s_min <= u <= s_max, and the network is
     called after the noise is added. Deviation: the raised level is capped at the law's t_max, outside of which no
     model is defined.
@@ -266,7 +266,8 @@ class Heun(RungeKutta):
 
     @property
     def order(self) -> int:  # type: ignore[override]
-        return self._tableau.order if self.s_churn == 0 else 1
+        """Fresh noise is exact in law, so churn keeps the order in the weak sense, unless `s_noise` inflates it."""
+        return self._tableau.order if self.s_churn == 0 or self.s_noise == 1.0 else 0
 
     @property
     def stochastic(self) -> bool:
