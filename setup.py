@@ -46,6 +46,7 @@ setup(
             "import-linter",
             "ipykernel",
             "jupytext",
+            "mpmath",
             "mypy",
             "nbclient",
             "pytest>=8",

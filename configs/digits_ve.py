@@ -8,7 +8,7 @@ def get_config():
     c.network.unet.channels = 32
     c.network.unet.dropout = 0.1
     c.sde.name = "ve"
-    c.sde.ve.sigma_max = 10.0
+    c.sde.ve.sigma_max = 9.0
     c.model.parameterization = "edm"
     c.model.sigma_data = 0.8
     c.training.steps = 3000

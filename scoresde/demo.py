@@ -34,6 +34,7 @@ from solvers import (
     Karras,
     Langevin,
     PredictorCorrector,
+    Quadratic,
     ReverseDiffusion,
     Solver,
     UniformHalfLogSNR,
@@ -44,7 +45,7 @@ SHOWN = 16
 """Samples per row of the picture."""
 
 ROWS: Sequence[tuple[str, Solver, dict[str, Any]]] = (
-    ("Euler-Maruyama", EulerMaruyama(), {"steps": 100}),
+    ("Euler-Maruyama", EulerMaruyama(), {"steps": 100, "grid": Quadratic()}),
     (
         "predictor-corrector",
         PredictorCorrector(ReverseDiffusion(), Langevin(snr=0.1)),

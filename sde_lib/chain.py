@@ -99,6 +99,8 @@ class Chain:
         if isinstance(index, Tensor) and index.ndim:
             if index.is_floating_point():
                 raise TypeError("A chain is indexed by level (int64 tensor), got floating-point times.")
+            if index.device.type == "cpu" and not (0 <= int(index.min()) and int(index.max()) < self.n):
+                raise ValueError(f"Levels must be in 0..{self.n - 1}, got {int(index.min())} to {int(index.max())}.")
             shape = (-1, *[1] * (ndim - 1))
             tables = (self.times, self.alpha, self.sigma, self.half_log_snr)
             t, alpha, sigma, lam = (table.to(index.device)[index].reshape(shape) for table in tables)
@@ -135,11 +137,11 @@ class Chain:
         if not 1 <= steps <= n:
             raise ValueError(f"A chain of {n} levels can be walked in 1 to {n} steps, got steps={steps}.")
         if spacing == "trailing":
-            picked = [n - 1 - (i * n) // steps for i in range(steps)]
+            picked = [round(n - i * n / steps) - 1 for i in range(steps)]
         elif spacing == "leading":
             picked = [i * (n // steps) for i in reversed(range(steps))]
         elif spacing == "linspace":
-            picked = [round(i * (n - 1) / max(steps - 1, 1)) for i in reversed(range(steps))]
+            picked = [round(i * (n - 1) / (steps - 1)) for i in reversed(range(steps))] if steps > 1 else [n - 1]
         else:
             raise ValueError(f"`spacing` must be one of {', '.join(SPACINGS)}, got {spacing!r}.")
         return (*(self.levels[i] for i in picked), DATA)

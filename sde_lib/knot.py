@@ -144,7 +144,7 @@ def noise_fraction(s: Knot, t: Knot) -> Real:
         ValueError: if `s` is the noisier of the two (checked for knots of floats).
     """
     if isinstance(t.half_log_snr, float) and isinstance(s.half_log_snr, float) and t.half_log_snr > s.half_log_snr:
-        raise ValueError(f"`s` must be the cleaner time, got s = {s.t} and t = {t.t}: kernels run forward only.")
+        raise ValueError(f"`s` must be cleaner than `t`, got s = {s.t} and t = {t.t}: kernels run forward only.")
     return -m.expm1(2.0 * (t.half_log_snr - s.half_log_snr))
 
 

@@ -167,9 +167,10 @@ class SDE(ABC):
         """
         # beyond +-300 e^lambda leaves float64, and every law's domain has long ended
         if isinstance(half_log_snr, Tensor):
-            t = self._time_at(half_log_snr.clamp(-300.0, 300.0))
-            return self.knot(t.clamp(self.t_min, self.t_max), ndim=t.ndim)
-        return self.knot(min(max(self._time_at(min(max(half_log_snr, -300.0), 300.0)), self.t_min), self.t_max))
+            rows = torch.as_tensor(self._time_at(half_log_snr.clamp(-300.0, 300.0)))
+            return self.knot(rows.clamp(self.t_min, self.t_max), ndim=rows.ndim)
+        t = float(self._time_at(min(max(half_log_snr, -300.0), 300.0)))
+        return self.knot(min(max(t, self.t_min), self.t_max))
 
     def discretize(self, n: int) -> Chain:
         """The exact marginals at t_i = t_min + (t_max - t_min) i / (n - 1), as a chain of n steps."""

@@ -171,6 +171,8 @@ def check(config: ConfigDict) -> None:
         (DECAYS, t.decay, "training.decay"),
     ):
         configs.lookup_entry(table, name, what)
+    configs.make_solver(config)  # a sample picture must not be what ends a long run
+    configs.make_grid(config)
 
 
 def train(
@@ -435,10 +437,11 @@ class _Run:
         self.metrics.scalars(self.step, held_out_loss=total / n)
 
     def _sample(self) -> None:
-        if self.metrics is None:
+        spec = self.data.spec
+        if self.metrics is None or picture(torch.zeros(1, *spec.shape), spec) is None:
             return
         with self.ema.applied():
-            image = picture(self.sampler(self.model.eval(), self.config), self.data.spec)
+            image = picture(self.sampler(self.model.eval(), self.config), spec)
         if image is not None:
             save_png(image, self.workdir / "samples" / f"step_{self.step:08d}.png")
             self.metrics.image(self.step, "samples", image)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from scoresde.config import ConfigError, make_grid, make_solver
 from scoresde.score_model import ScoreModel
+from sde_lib import Chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,8 @@ def draw_samples(
     labels = _labels(class_label, n, spec.num_classes)
     if labels is None and s.guidance != 1.0:
         raise ConfigError(f"Guidance {s.guidance} needs a class to guide to; give one, or leave guidance at 1.")
-    solver, grid = make_solver(config), make_grid(config)
+    solver = make_solver(config)
+    grid = None if isinstance(model.law, Chain) else make_grid(config)  # a chain has levels of its own
     budget: dict[str, Any] = {"nfe": s.nfe} if s.nfe is not None else {"steps": s.steps}
     if solver.adaptive:
         budget = {}

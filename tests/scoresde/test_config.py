@@ -50,7 +50,7 @@ def test_options_reach_the_constructors():
     )
     assert configs.make_law(c) == VESDE(sigma_max=9.0)
     assert configs.make_solver(c) == Heun(s_churn=3.0) and configs.make_grid(c) == Karras(rho=5.0)
-    assert configs.make_grid(configs.defaults()) is None
+    assert configs.make_grid(configs.override(configs.defaults(), ["--config.sampling.grid.name="])) is None
     model = configs.make_model(c, configs.make_data(c).spec)
     assert len(model.network.middle) == 2 and model.parameterization.sigma_data == 0.7
     assert model.network.num_classes == 10 and model.law == VESDE(sigma_max=9.0)

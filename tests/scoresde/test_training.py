@@ -14,6 +14,7 @@ from scoresde import config as configs
 from scoresde.config import ConfigError
 from scoresde.training import TrainingError, draw_samples, latest, load_model, read_checkpoint, read_metrics, train
 from scoresde.training.loop import DECAYS, Order, generator, learning_rate, mix
+from sde_lib import SDES
 
 TINY = [
     "--config.data.name=ring",
@@ -214,6 +215,8 @@ def test_files_of_a_run(tmp_path):
         ("model.parameterization=noize", "Did you mean 'noise'"),
         ("data.ring.modes=0", "modes"),
         ("sde.chain=5", "n > beta_max"),
+        ("sampling.solver.name=huen", "Did you mean 'heun'"),
+        ("sampling.grid.name=karas", "Did you mean 'karras'"),
     ],
 )
 def test_bad_settings_fail_before_anything_is_written(tmp_path, override, message):
@@ -304,6 +307,17 @@ def test_metrics_survive_a_half_written_line(tmp_path):
     again.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [2.0, 3.0]
+
+
+LAWS = [*(f"sde.name={name}" for name in sorted(SDES) if name != "tabulated"), "sde.chain=50"]
+
+
+@pytest.mark.parametrize("override", LAWS)
+def test_the_default_sampler_works_on_every_law(override):
+    config = settings(f"--config.{override}")
+    model = configs.make_model(config, configs.make_data(config).spec)
+    samples = draw_samples(model, config, 3)
+    assert samples.data.shape == (3, 2) and bool(samples.data.isfinite().all())
 
 
 def test_samples_do_not_depend_on_the_batch(tmp_path):

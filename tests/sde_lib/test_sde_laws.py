@@ -83,7 +83,7 @@ def test_prior_is_the_law_of_the_noise_at_t_max(name):
     assert abs(sigma / sde.prior_std - 1.0) <= left
 
 
-# --- kernels ----------------------------------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------------------------------
 
 
 def triples(sde: SDE) -> list[tuple[float, float, float]]:
@@ -186,7 +186,7 @@ def test_a_kernel_runs_forward_only(name):
             call(high, low)
 
 
-# --- precision ----------------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MP_LAWS)
@@ -263,7 +263,7 @@ def test_results_take_the_form_of_the_time(name):
     assert sde.alpha(torch.tensor(0 if sde.t_max <= 1 else 1)).dtype == torch.get_default_dtype()
 
 
-# --- inverse and monotone ------------------------------------------------------------------------------------------------
+# --- inverse and monotone -------------------------------------------------------------------------------------------
 
 
 @every_sde
@@ -354,7 +354,7 @@ def test_flow_reaches_the_prior_exactly():
     assert rows.alpha.tolist() == [0.0, 0.5] and rows.half_log_snr[0] == -math.inf
 
 
-# --- states of any shape ------------------------------------------------------------------------------------------------
+# --- states of any shape --------------------------------------------------------------------------------------------
 
 SHAPES = [(), (3,), (2, 4, 4)]
 
@@ -419,12 +419,12 @@ def test_wrong_shape_of_t(name):
             sde.drift(x, t)
 
 
-# --- the reverse SDE from a function -----------------------------------------------------------------------------------
+# --- the reverse SDE from a function --------------------------------------------------------------------------------
 
 
 @every_sde
 def test_reverse_from_a_function(name):
-    """score=fn is called with x and t of shape (B,) and becomes drift f x - g^2 score and velocity f x - g^2/2 score."""
+    """score=fn gets x and t of shape (B,); drift is f x - g^2 score, velocity f x - g^2/2 score."""
     sde = make_sde(name)
     seen = []
 
@@ -443,12 +443,12 @@ def test_reverse_from_a_function(name):
     torch.testing.assert_close(prediction.velocity, f * x + 0.5 * g2 * x.sin(), rtol=1e-12, atol=1e-14 * scale)
 
 
-# --- Gaussian identity: posterior mean of data -------------------------------------------------------------------------
+# --- Gaussian identity: posterior mean of data ----------------------------------------------------------------------
 
 
 @every_sde
 def test_conditioning_three_times_at_once(name):
-    """The joint law of (x_s, x_u, x_t) built from kernels has the covariances alpha_u/alpha_s Var(x_s): a Markov chain."""
+    """The joint law of (x_s, x_u, x_t) built from kernels is a Markov chain's."""
     sde = make_sde(name)
     s, u, t = (sde.t_min + w * (sde.drift_t_max - sde.t_min) for w in (0.1, 0.4, 0.8))
     first, second = sde.transition(s, u), sde.transition(u, t)
@@ -468,7 +468,7 @@ def test_conditioning_three_times_at_once(name):
     MultivariateNormal(torch.zeros(3, dtype=torch.float64), cov)  # positive definite
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
