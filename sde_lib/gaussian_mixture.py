@@ -39,6 +39,8 @@ class GaussianMixture:
         means = torch.as_tensor(means, dtype=torch.float64)
         if means.ndim < 1 or means.shape[0] < 1:
             raise ValueError(f"`means` must have shape (K, *D), got {tuple(means.shape)}.")
+        if not bool(torch.isfinite(means).all()):
+            raise ValueError("`means` must be finite.")
         self.shape = tuple(means.shape[1:])
         k, d = means.shape[0], max(math.prod(self.shape), 1)
         if (std is None) == (covariances is None):
@@ -63,10 +65,10 @@ class GaussianMixture:
                 raise ValueError("`std` must be >= 0.")
             stds = stds.reshape(k, -1) if stds.ndim else stds.reshape(1, 1)
             variances = stds.square().expand(k, d)
-        w = torch.full((k,), 1.0 / k) if weights is None else torch.as_tensor(weights)
-        w = w.double()
+        w = torch.full((k,), 1.0 / k) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         if w.shape != (k,) or not bool((w > 0).all()) or abs(float(w.sum()) - 1.0) > 1e-6:
             raise ValueError(f"`weights` must be {k} positive numbers that sum to one, got {w.tolist()}.")
+        w = w.double() / w.double().sum()  # weights that went through float32 sum to one only to 1e-7
         self._means, self._variances, self._log_weights = means.reshape(k, d), variances.contiguous(), w.log()
         self._cache: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor, Tensor, Tensor | None]] = {}
 

@@ -63,9 +63,12 @@ class VESDE(SDE):
         return (-half_log_snr - math.log(self.sigma_min)) / self._log_ratio
 
     def discretize(self, n: int) -> Chain:
-        """SMLD's chain: n geometric noise levels from sigma_min to sigma_max, level i at t = i / (n - 1)."""
+        """SMLD's chain: n geometric noise levels from sigma_min to sigma_max, level i at t = i / (n - 1).
+
+        Level 0 is called t_min, the smallest time a continuous network knows.
+        """
         times = _linspace(0.0, 1.0, n)
         log_sigma = [math.log(self.sigma_min) + t * self._log_ratio for t in times]
         return Chain(
-            times, [-s for s in log_sigma], [1.0] * n, [math.exp(s) for s in log_sigma], self.sigma_max
+            [max(t, self.t_min) for t in times], [-s for s in log_sigma], [1.0] * n, [math.exp(s) for s in log_sigma], self.sigma_max
         )

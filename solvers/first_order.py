@@ -153,10 +153,11 @@ class ReverseDiffusion(FirstOrder):
         return not self.probability_flow
 
     def coefficients(self, t: Knot, s: Knot) -> tuple[Real, Real, Real]:
-        a, std = transition(s, t)
-        stay = 2.0 - a
-        if self.probability_flow:
-            return stay * t.alpha, stay * t.sigma - 0.5 * std * std / t.sigma, 0.0
+        stay = 2.0 - t.alpha / s.alpha
+        if self.probability_flow:  # the signed variance: this form also runs upward
+            added = -t.sigma * m.expm1(2.0 * (t.half_log_snr - s.half_log_snr))
+            return stay * t.alpha, stay * t.sigma - 0.5 * added, 0.0
+        std = transition(s, t).std
         return stay * t.alpha, stay * t.sigma - std * std / t.sigma, std
 
 

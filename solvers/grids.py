@@ -187,7 +187,9 @@ def make_knots(
         grid = law if isinstance(law, Chain) else UniformTime()
     if isinstance(grid, Chain):
         _same_chain(law, grid)
-        return grid.descend(steps)
+        knots = grid.descend(steps)
+        _check_inside(law, [k.t for k in knots if not k.is_data])
+        return knots
     if isinstance(law, Chain) and not _is_knots(grid):
         raise ValueError(
             "This score model is defined on the levels of a chain only: pass the chain as `grid` (with `steps` to "
@@ -202,9 +204,17 @@ def make_knots(
     if _is_knots(grid):
         knots = tuple(grid)
         _check_monotone([k.half_log_snr for k in knots], "half_log_snr")
+        if knots[0].is_data:
+            raise ValueError(
+                "A run cannot start at the noise-free end (sigma = 0), where no model is defined: to invert along a "
+                "chain, start at level 0, e.g. tuple(reversed(chain.descend()[:-1]))."
+            )
         for k in knots:
             if isinstance(k.law, Chain):
                 _same_chain(law, k.law)
+            elif isinstance(k.law, SDE) and k.law != law:
+                raise ValueError(f"The knots belong to {k.law}, the score model to {law}.")
+        _check_inside(law, [k.t for k in knots if not k.is_data])
         return knots if end == "stop" or knots[-1] is DATA else (*knots, DATA)
     try:
         times = [float(t) for t in (grid.double().tolist() if isinstance(grid, Tensor) else grid)]
@@ -215,18 +225,25 @@ def make_knots(
 
 def _finish(law: Any, times: list[float], end: str) -> tuple[Knot, ...]:
     _check_monotone(times, "t")
+    _check_inside(law, times)
     low, high = law.t_min, law.t_max
-    slack = 1e-6  # times that went through float32
+    if end == "denoise" and times[-1] > times[0]:
+        raise ValueError('An upward grid (inversion) ends in noise: use end="stop".')
+    knots = tuple(law.knot(min(max(t, low), high)) for t in times)
+    return knots if end == "stop" else (*knots, DATA)
+
+
+def _check_inside(law: Law, times: Sequence[Any]) -> None:
+    """Raise if a time lies outside the domain of a continuous model (up to what float32 makes of an end)."""
+    if isinstance(law, Chain):
+        return
+    low, high, slack = law.t_min, law.t_max, 1e-6
     for t in times:
         if not low * (1 - slack) <= t <= high * (1 + slack):
             raise ValueError(
                 f"Time {t} lies outside [t_min, t_max] = [{low}, {high}], where this model is defined; "
                 "choose other times, or build the SDE with another t_min or t_max."
             )
-    if end == "denoise" and times[-1] > times[0]:
-        raise ValueError('An upward grid (inversion) ends in noise: use end="stop".')
-    knots = tuple(law.knot(min(max(t, low), high)) for t in times)
-    return knots if end == "stop" else (*knots, DATA)
 
 
 def _check_monotone(values: Sequence[Any], name: str) -> None:

@@ -185,10 +185,10 @@ class CountingNoise(Recorded):
         return bound
 
 
-def draws_of(rev: ReverseSDE, solver: Solver, **run: Any) -> int:
+def draws_of(rev: ReverseSDE, solver: Solver, shape: tuple[int, ...] = (), **run: Any) -> int:
     """Number of noise draws of a run."""
     noise = CountingNoise()
-    solve(rev, torch.zeros(1, dtype=torch.float64), solver, rng=noise, **run)
+    solve(rev, torch.zeros(1, *shape, dtype=torch.float64), solver, rng=noise, **run)
     return noise.count
 
 
@@ -203,7 +203,7 @@ def affine_map(
     One batch holds all of them: row 0 is zero state and zero noise, row 1 a unit state, row 2 + k a unit k-th draw. The
     data must be Gaussian with independent, equal elements, so that the map is affine and the same for each.
     """
-    count = draws_of(rev_on_line(rev, shape), solver, **run) if not shape else _draws_with_shape(rev, solver, shape, run)
+    count = draws_of(rev, solver, shape, **run)
     x = torch.zeros(count + 2, *shape, dtype=torch.float64)
     x[1] = 1.0
     noise = [torch.zeros_like(x) for _ in range(count)]
@@ -214,20 +214,7 @@ def affine_map(
     return end[1] - b, b, end[2:] - b
 
 
-def rev_on_line(rev: ReverseSDE, shape: tuple[int, ...]) -> ReverseSDE:
-    """The same reverse SDE (a marker that its data live on the line)."""
-    return rev
-
-
-def _draws_with_shape(rev: ReverseSDE, solver: Solver, shape: tuple[int, ...], run: dict[str, Any]) -> int:
-    noise = CountingNoise()
-    solve(rev, torch.zeros(1, *shape, dtype=torch.float64), solver, rng=noise, **run)
-    return noise.count
-
-
-def gaussian_weak_error(
-    sde: SDE, data: GaussianMixture, solver: Solver, knots: Sequence[Knot], x_mean: float | None = None
-) -> tuple[float, float]:
+def gaussian_weak_error(sde: SDE, data: GaussianMixture, solver: Solver, knots: Sequence[Knot]) -> tuple[float, float]:
     """Signed errors of mean and variance at the last knot, exact: the start has the exact law at the first knot."""
     start, end = mp_free_moments(data, knots[0]), mp_free_moments(data, knots[-1])
     a, b, c = affine_map(data.reverse(sde), solver, grid=list(knots))
@@ -265,7 +252,9 @@ def mixture_expectation(data: GaussianMixture, knot: Knot, fn: Callable[[Tensor]
     centres = float(knot.alpha) * means
     x = torch.linspace(float((centres - 9 * std).min()), float((centres + 9 * std).max()), nodes, dtype=torch.float64)
     z = (x - centres[:, None]) / std[:, None]
-    density = (data._log_weights.exp()[:, None] * torch.exp(-0.5 * z * z) / (std[:, None] * math.sqrt(2 * math.pi))).sum(0)
+    density = (
+        data._log_weights.exp()[:, None] * torch.exp(-0.5 * z * z) / (std[:, None] * math.sqrt(2 * math.pi))
+    ).sum(0)
     return float((density * fn(x)).sum() * (x[1] - x[0]))
 
 
@@ -317,6 +306,37 @@ def nonlinear_weak_error(
 
 def _from_spline(spline: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(spline(x.numpy()))
+
+
+# --- the probability-flow map on the line -----------------------------------------------------------------------------
+
+
+def flow_map(data: GaussianMixture, x: Tensor, t: Knot, s: Knot) -> Tensor:
+    """Where the probability-flow ODE carries x from t to s, exactly: on the line it keeps quantiles, F_s^-1(F_t(x)).
+
+    The inverse is found by bisection on the mixture's distribution function, 80 halvings.
+    """
+
+    def cdf(x: Tensor, knot: Knot) -> Tensor:
+        means, variances = data._means[:, 0], data._variances[:, 0]
+        std = (float(knot.alpha) ** 2 * variances + float(knot.sigma) ** 2).sqrt()
+        z = (x[:, None] - float(knot.alpha) * means) / std
+        return (data._log_weights.exp() * torch.special.ndtr(z)).sum(1)
+
+    target = cdf(x, t)
+    centre, spread = float(s.alpha) * float(data.mean), 40.0 * (1.0 + float(s.sigma))
+    low, high = torch.full_like(x, centre - spread), torch.full_like(x, centre + spread)
+    for _ in range(80):
+        middle = 0.5 * (low + high)
+        above = cdf(middle, s) > target
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return 0.5 * (low + high)
+
+
+def quantiles(data: GaussianMixture, knot: Knot, n: int = 101) -> Tensor:
+    """Points within 2.5 standard deviations of the law at a knot, where its distribution function has digits left."""
+    mean, variance = mp_free_moments(data, knot)
+    return mean + math.sqrt(variance) * torch.linspace(-2.5, 2.5, n, dtype=torch.float64)
 
 
 # --- grids and orders -------------------------------------------------------------------------------------------------
@@ -399,6 +419,7 @@ __all__ = [
     "ddpm_table",
     "draws_of",
     "extended_times",
+    "flow_map",
     "gauss_hermite",
     "gaussian",
     "gaussian_weak_error",
@@ -410,6 +431,7 @@ __all__ = [
     "mp_law",
     "nonlinear_weak_error",
     "observed_order",
+    "quantiles",
     "relative",
     "solver_cases",
     "times_of",

@@ -267,7 +267,9 @@ def test_ddpm_steps_converge_to_drift_and_diffusion():
     for n in (500, 1000, 2000):
         chain = sde.discretize(n)
         i = round(n * t) - 1
-        errors.append((abs(n * float(chain.betas[i]) - sde.g2(t)), abs(n * (float(chain.forward_scale[i]) - 1) - sde.f(t))))
+        errors.append(
+            (abs(n * float(chain.betas[i]) - sde.g2(t)), abs(n * (float(chain.forward_scale[i]) - 1) - sde.f(t)))
+        )
     for quantity in range(2):
         for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
             assert observed_order(coarse[quantity], fine[quantity]) == pytest.approx(1.0, abs=0.05)
@@ -381,7 +383,9 @@ def test_golden_float32_is_wrong_near_the_data_and_ours_is_not(golden, tag):
 def test_golden_tables(golden, tag):
     """Tables and one-step discretizations of score_sde_pytorch in float64: our chain's levels, by index."""
     with np.load(golden / "sde.npz") as file:
-        g = {k.removeprefix(f"{tag}/f64/"): torch.from_numpy(file[k]) for k in file.files if k.startswith(f"{tag}/f64/")}
+        g = {
+            k.removeprefix(f"{tag}/f64/"): torch.from_numpy(file[k]) for k in file.files if k.startswith(f"{tag}/f64/")
+        }
         x, params = torch.from_numpy(file["x"]), file[f"{tag}/params"]
     chain = make_reference(tag, params).discretize(int(params[2]))
     index = g["disc_index"]

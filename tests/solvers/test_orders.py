@@ -1,0 +1,303 @@
+"""Order and exactness of every solver on every SDE, without Monte Carlo.
+
+Three problems. Affine: on Gaussian data a run is x_end = A x_T + b + sum C_k z_k, whose coefficients impulses read off, so
+mean and variance of the output are exact numbers. Nonlinear: on a mixture, expectations of test functions by backward
+quadrature through the solver's own steps (affine drift is blind to some errors). Flow: on a mixture, deterministic
+solvers against the exact probability-flow map, which keeps quantiles. Grids are equispaced in lambda and stay away from
+t = 1 and t = 0, where an order needs finer steps to show.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracles import (
+    FIXED,
+    ORDERED,
+    SDE_NAMES,
+    affine_map,
+    flow_map,
+    gaussian,
+    gaussian_weak_error,
+    lambda_knots,
+    make_sde,
+    mixture,
+    mp_free_moments,
+    nonlinear_weak_error,
+    observed_order,
+    quantiles,
+)
+
+from sde_lib import DATA, GaussianMixture
+from solvers import DDIM, Ancestral, AnnealedLangevin, Heun, PredictorCorrector, solve
+
+SLACK = 0.15
+every_sde = pytest.mark.parametrize("name", SDE_NAMES)
+STOCHASTIC = [k for k, v in ORDERED.items() if v.stochastic]
+DETERMINISTIC = [k for k, v in ORDERED.items() if not v.stochastic]
+
+
+def check_order(
+    errors: Callable[[int], list[float]], order: int, start: int, floor: float, equal: bool = False
+) -> None:
+    """Halving the step divides each error by 2^order at least (`equal`: exactly), within `SLACK`.
+
+    Steps double from `start`. An expansion c h^p (1 + O(h)) shows p only for small h, and an error may cross zero on the
+    way, so two successive halvings out of five must show it. An error below `floor` (rounding, quadrature) has nothing
+    left to show: if all are, one halving is enough, and none where the method is exact.
+    """
+    before = errors(start)
+    seen: list[list[float]] = []
+    good, shown = 0, False
+    for halving in range(1, 6):
+        now = errors(start * 2**halving)
+        orders = [observed_order(a, b) for a, b in zip(before, now, strict=True) if abs(b) > floor]
+        seen.append(orders)
+        right = all(o > order - SLACK and (not equal or o < order + SLACK) for o in orders)
+        good = good + 1 if right else 0
+        shown = shown or bool(orders and right)
+        if right and (good == 2 or not orders) and (shown or not equal):
+            return
+        before = now
+    raise AssertionError(f"declared order {order}, observed at successive halvings: {seen}")
+
+
+def steps_of(order: int) -> int:
+    """Coarsest grid on which the expansion is expected to hold."""
+    return {1: 64, 2: 32, 3: 24, 4: 16, 5: 12}[order]
+
+
+# --- affine -------------------------------------------------------------------------------------------------------------
+
+
+@every_sde
+@pytest.mark.parametrize("case", ORDERED)
+def test_weak_order_on_gaussian_data(case, name):
+    """Mean and variance converge at the declared order at least, on every SDE."""
+    solver, sde = ORDERED[case], make_sde(name)
+
+    def errors(steps: int) -> list[float]:
+        return list(gaussian_weak_error(sde, gaussian(), solver, lambda_knots(sde, steps)))
+
+    # rounding: each step adds a few EPS of a variance of order one to ten
+    check_order(errors, solver.order, steps_of(solver.order), floor=1e-12)
+
+
+@every_sde
+@pytest.mark.parametrize("case", [k for k in ORDERED if not ORDERED[k].stochastic])
+def test_flow_map_on_gaussian_data(case, name):
+    """Deterministic: A -> sqrt(v_s / v_t) and b -> m_s - A m_t, the exact flow of a Gaussian, at the declared order."""
+    solver, sde, data = ORDERED[case], make_sde(name), gaussian()
+
+    def errors(steps: int) -> list[float]:
+        knots = lambda_knots(sde, steps)
+        (m_t, v_t), (m_s, v_s) = mp_free_moments(data, knots[0]), mp_free_moments(data, knots[-1])
+        a, b, c = affine_map(data.reverse(sde), solver, grid=knots)
+        assert len(c) == 0
+        return [float(a) - math.sqrt(v_s / v_t), float(a * m_t + b) - m_s]
+
+    check_order(errors, solver.order, steps_of(solver.order), floor=1e-12)
+
+
+@pytest.mark.parametrize("case", FIXED)
+@pytest.mark.parametrize("shape", [(1,), (2, 2, 2)], ids=str)
+def test_the_affine_map_does_not_depend_on_the_shape_of_the_data(case, shape):
+    """(B, 1) and images of independent, equal elements: each element has the map of the line."""
+    solver, sde = FIXED[case], make_sde("vp")
+    if "langevin" in repr(solver).lower() and "annealed" not in repr(solver).lower():
+        pytest.skip("Langevin's step size is a norm over elements: not affine, and a function of their number")
+    knots = lambda_knots(sde, 8)
+    line = affine_map(gaussian().reverse(sde), solver, grid=knots)
+    image = affine_map(gaussian(shape).reverse(sde), solver, shape, grid=knots)
+    for got, want in zip(image, line, strict=True):
+        want = want.reshape(*want.shape, *[1] * len(shape)).expand_as(got)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+# --- nonlinear ------------------------------------------------------------------------------------------------------------
+
+
+def nonlinear(case: str, name: str, equal: bool) -> None:
+    solver, sde, data = ORDERED[case], make_sde(name), mixture()
+
+    def errors(steps: int) -> list[float]:
+        # one norm over four test functions: a single one may cross zero on the way
+        return [float(nonlinear_weak_error(data, data.reverse(sde), solver, lambda_knots(sde, steps)).norm())]
+
+    # quintic splines on 241 points over 16 standard deviations, scale of the functions one: (16/240)^6 / 6! ~ 1e-10 a step
+    check_order(errors, solver.order, {1: 48, 2: 24}[solver.order], floor=1e-7, equal=equal)
+
+
+@pytest.mark.parametrize("case", STOCHASTIC)
+def test_weak_order_on_the_stated_nonlinear_problem(case):
+    """The stated problem of the stochastic solvers: three-component mixture under VP, lambda from -2 to 2.5.
+
+    Observed weak order equals the declared one within 0.15.
+    """
+    nonlinear(case, "vp", equal=True)
+
+
+@pytest.mark.slow
+@every_sde
+@pytest.mark.parametrize("case", STOCHASTIC)
+def test_weak_order_on_nonlinear_problems(case, name):
+    """Not below the declared order on any SDE."""
+    nonlinear(case, name, equal=False)
+
+
+def flow_error(case: str, name: str) -> Callable[[int], list[float]]:
+    solver, sde, data = ORDERED[case], make_sde(name), mixture()
+
+    def errors(steps: int) -> list[float]:
+        knots = lambda_knots(sde, steps)
+        x = quantiles(data, knots[0])
+        gap = solve(data.reverse(sde), x, solver, grid=knots).x - flow_map(data, x, knots[0], knots[-1])
+        return [float(gap.square().mean().sqrt())]
+
+    return errors
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC)
+def test_order_on_the_stated_flow(case):
+    """The stated problem of the deterministic solvers: the same mixture under VP, against its exact quantile map."""
+    order = ORDERED[case].order
+    # the quantile map is exact to EPS over the density, 0.02 at 2.5 standard deviations
+    check_order(flow_error(case, "vp"), order, {5: 24}.get(order, 40), floor=1e-13, equal=True)
+
+
+@every_sde
+@pytest.mark.parametrize("case", DETERMINISTIC)
+def test_order_on_nonlinear_flows(case, name):
+    """Not below the declared order on any SDE, trajectory by trajectory."""
+    order = ORDERED[case].order
+    check_order(flow_error(case, name), order, {5: 24}.get(order, 40), floor=1e-13)
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC)
+def test_order_upward(case):
+    """Inversion: from the data side to the noise, at the same order, against the same map."""
+    solver, sde, data = ORDERED[case], make_sde("vp"), mixture()
+
+    def errors(steps: int) -> list[float]:
+        knots = lambda_knots(sde, steps)[::-1]
+        x = quantiles(data, knots[0])
+        gap = solve(data.reverse(sde), x, solver, grid=knots).x - flow_map(data, x, knots[0], knots[-1])
+        return [float(gap.square().mean().sqrt())]
+
+    check_order(errors, solver.order, {5: 24}.get(solver.order, 40), floor=1e-13)
+
+
+@pytest.mark.slow
+@every_sde
+@pytest.mark.parametrize("case", ORDERED)
+def test_default_grids_converge(case, name):
+    """On the SDE's own range, t_max to t_min by default, mean and variance tend to the exact ones: a smaller error with
+    four times the steps, and a small one in the end.
+
+    The grid is Karras': uniform times cannot resolve the small noise levels of EDM and VE in a few hundred steps.
+    """
+    solver, sde, data = ORDERED[case], make_sde(name), gaussian()
+    rev = data.reverse(sde)
+    gaps = []
+    for steps in (100, 400):
+        a, b, c = affine_map(rev, solver, steps=steps, grid="karras")
+        top, end = sde.knot(sde.drift_t_max), sde.knot(sde.t_min)
+        (m_t, v_t), (m_s, v_s) = mp_free_moments(data, top), mp_free_moments(data, end)
+        gaps.append((abs(float(a) * m_t + float(b) - m_s), abs(float(a) ** 2 * v_t + float(c.square().sum()) - v_s)))
+    for coarse, fine in zip(*gaps, strict=True):
+        assert fine < 0.6 * coarse or fine < 1e-11
+        assert fine < 0.05
+
+
+# --- exactness ------------------------------------------------------------------------------------------------------------
+
+
+@every_sde
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    "solver", [DDIM(), DDIM(eta=0.5), DDIM(eta=1.0), Ancestral(), Heun(), Heun(s_churn=3.0)], ids=repr
+)
+def test_exact_on_a_point(name, solver, steps):
+    """Data at one point: E[x_0 | x] is constant and the step of every one of these is exact in law, however long."""
+    sde, data = make_sde(name), GaussianMixture([0.7], std=0.0)
+    knots = lambda_knots(sde, steps)
+    a, b, c = affine_map(data.reverse(sde), solver, grid=knots)
+    (m_t, v_t), (m_s, v_s) = mp_free_moments(data, knots[0]), mp_free_moments(data, knots[-1])
+    assert float(a) * m_t + float(b) == pytest.approx(m_s, rel=1e-11)
+    assert float(a) ** 2 * v_t + float(c.square().sum()) == pytest.approx(v_s, rel=1e-11)
+
+
+@every_sde
+def test_ancestral_is_ddim_with_eta_one(name):
+    """DDPM's small variance and DDIM's eta = 1 are one step (Song et al. 2020), coefficient by coefficient."""
+    sde = make_sde(name)
+    knots = lambda_knots(sde, 7)
+    one, other = (affine_map(gaussian().reverse(sde), s, grid=knots) for s in (Ancestral(), DDIM(eta=1.0)))
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@every_sde
+@pytest.mark.parametrize("case", FIXED)
+def test_one_step_grids(case, name):
+    """A grid of one interval is a run: finite, at the last knot, with the declared calls."""
+    solver, sde = FIXED[case], make_sde(name)
+    knots = lambda_knots(sde, 1)
+    x = quantiles(mixture(), knots[0], 5)
+    out = solve(mixture().reverse(sde), x, solver, grid=knots, rng=0, strict=True)
+    assert torch.isfinite(out.x).all() and out.nfe.tolist() == [solver.nfe(1)] * 5
+    assert out.times.tolist() == [knots[0].t, knots[1].t]
+
+
+@every_sde
+@pytest.mark.parametrize("case", FIXED)
+def test_denoising_ends_in_the_posterior_mean(case, name):
+    """end="denoise" is the same run, then E[x_0 | x] at its last knot."""
+    solver, sde, data = FIXED[case], make_sde(name), mixture()
+    knots = lambda_knots(sde, 4)
+    x = quantiles(data, knots[0], 7)
+    stop = solve(data.reverse(sde), x, solver, grid=knots, rng=0)
+    clean = solve(data.reverse(sde), x, solver, grid=knots, end="denoise", rng=0)
+    if getattr(solver, "s_churn", 0.0):  # churns once more before the posterior mean, with N one larger
+        assert torch.isfinite(clean.x).all()
+        return
+    torch.testing.assert_close(clean.x, data.reverse(sde)(stop.x, knots[-1]).data, rtol=1e-12, atol=1e-12)
+    assert clean.times[-1] == 0.0
+
+
+# --- correctors on a Gaussian -----------------------------------------------------------------------------------------------
+
+
+@every_sde
+def test_annealed_langevin_keeps_a_gaussian_up_to_its_known_bias(name):
+    """n moves x <- x - e (x - m) / v + sqrt(2 e) z: mean m + r^n (m_0 - m), variance r^2n v_0 + v (1 - r^2n)/(1 - e/2v).
+
+    With r = 1 - e / v and e = 2 a (snr sigma)^2: the stationary variance v / (1 - e / 2v) is the only bias.
+    """
+    sde, data = make_sde(name), gaussian()
+    t, s = lambda_knots(sde, 4)[1:3]
+    for moves in (1, 3, 40):
+        solver = PredictorCorrector(predictor=None, corrector=AnnealedLangevin(snr=0.4, steps=moves))
+        a, b, c = affine_map(data.reverse(sde), solver, grid=[t, s])
+        m, v = mp_free_moments(data, s)
+        e = 2.0 * (t.alpha / s.alpha) ** 2 * (0.4 * s.sigma) ** 2
+        r = 1.0 - e / v
+        assert len(c) == moves
+        assert float(a) == pytest.approx(r**moves, rel=1e-9, abs=1e-12)
+        assert float(b) == pytest.approx(m * (1.0 - r**moves), rel=1e-9, abs=1e-12)
+        variance = r ** (2 * moves) * v + float(c.square().sum())
+        want = r ** (2 * moves) * v + v * (1.0 - r ** (2 * moves)) / (1.0 - e / (2.0 * v))
+        assert float(a) ** 2 * v + float(c.square().sum()) == pytest.approx(want, rel=1e-9)
+        assert variance == pytest.approx(want, rel=1e-9)
+
+
+def test_data_knot_is_the_end():
+    """A grid may end in the data knot by itself."""
+    sde, data = make_sde("vp"), mixture()
+    knots = lambda_knots(sde, 3)
+    x = quantiles(data, knots[0], 5)
+    by_hand = solve(data.reverse(sde), x, DDIM(), grid=[*knots, DATA]).x
+    assert torch.equal(by_hand, solve(data.reverse(sde), x, DDIM(), grid=knots, end="denoise").x)
