@@ -6,7 +6,6 @@ from scoresde.config import defaults
 def get_config():
     c = defaults()
     c.network.unet.channels = 32
-    c.network.unet.dropout = 0.1
     # low frequencies: the score changes slowly with the noise level, and a smooth ODE takes fewer calls
     c.network.unet.embedding = "fourier"
     c.network.unet.fourier_scale = 0.3
@@ -21,6 +20,6 @@ def get_config():
     c.training.beta2 = 0.99
     c.training.warmup = 200
     c.training.decay = "linear"
-    c.training.class_dropout = 0.4  # the demo samples and scores without a class, too
+    c.training.class_dropout = 0.5  # the demo samples and scores without a class, too
     c.training.sample_every = 0
     return c

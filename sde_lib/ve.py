@@ -70,5 +70,9 @@ class VESDE(SDE):
         times = _linspace(0.0, 1.0, n)
         log_sigma = [math.log(self.sigma_min) + t * self._log_ratio for t in times]
         return Chain(
-            [max(t, self.t_min) for t in times], [-s for s in log_sigma], [1.0] * n, [math.exp(s) for s in log_sigma], self.sigma_max
+            [max(t, self.t_min) for t in times],
+            [-v for v in log_sigma],
+            [1.0] * n,
+            [math.exp(v) for v in log_sigma],
+            self.sigma_max,
         )

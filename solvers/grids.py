@@ -202,7 +202,7 @@ def make_knots(
     if steps is not None:
         raise ValueError("`steps` and `nfe` do not go with given times or knots: their number already says it.")
     if _is_knots(grid):
-        knots = tuple(grid)
+        knots = tuple(cast(Sequence[Knot], grid))
         _check_monotone([k.half_log_snr for k in knots], "half_log_snr")
         if knots[0].is_data:
             raise ValueError(

@@ -34,6 +34,7 @@ each_network = pytest.mark.parametrize("name", sorted(NETWORKS))
 
 
 @each_network
+@torch.no_grad()
 def test_float64_agrees_with_float32(name):
     net = network(name)
     x, label, classes = inputs(net)
@@ -80,6 +81,7 @@ def test_no_class_is_the_null_class(name):
 
 
 @each_network
+@torch.no_grad()
 def test_fresh_network_outputs_zero(name):
     net = NETWORKS[name](**SMALL[name])
     x, label, classes = inputs(net)
@@ -97,6 +99,7 @@ def test_one_graph_under_compile(name):
 
 
 @each_network
+@torch.no_grad()
 def test_bfloat16_autocast(name):
     net = network(name)
     x, label, classes = inputs(net)

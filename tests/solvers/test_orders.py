@@ -194,8 +194,7 @@ def test_order_upward(case):
 @every_sde
 @pytest.mark.parametrize("case", ORDERED)
 def test_default_grids_converge(case, name):
-    """On the SDE's own range, t_max to t_min by default, mean and variance tend to the exact ones: a smaller error with
-    four times the steps, and a small one in the end.
+    """On the SDE's own range, t_max to t_min by default, the errors of mean and variance fall like 1 / steps at least.
 
     The grid is Karras': uniform times cannot resolve the small noise levels of EDM and VE in a few hundred steps.
     """
@@ -208,8 +207,7 @@ def test_default_grids_converge(case, name):
         (m_t, v_t), (m_s, v_s) = mp_free_moments(data, top), mp_free_moments(data, end)
         gaps.append((abs(float(a) * m_t + float(b) - m_s), abs(float(a) ** 2 * v_t + float(c.square().sum()) - v_s)))
     for coarse, fine in zip(*gaps, strict=True):
-        assert fine < 0.6 * coarse or fine < 1e-11
-        assert fine < 0.05
+        assert fine < 4.0 ** -(1.0 - SLACK) * coarse or fine < 1e-11
 
 
 # --- exactness ------------------------------------------------------------------------------------------------------------
