@@ -17,7 +17,7 @@ export MPLBACKEND ?= Agg
 BIN := $(VENV)/bin
 C := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: demo test slow check lint types layers lock clean
+.PHONY: demo test slow check lint types layers notebooks lock clean
 $(VENV)/.done: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	if [ "$(USE_UV)" = 1 ] && { test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv; }; then \
@@ -37,6 +37,8 @@ types: $(VENV)/.done
 	$(BIN)/mypy
 layers: $(VENV)/.done
 	PYTHONPATH=. $(BIN)/lint-imports
+notebooks: $(VENV)/.done   # from their .py source, executed and stored with outputs
+	$(BIN)/python notebooks/store.py
 check: lint types layers test
 lock: $(VENV)/.done   # names and versions only: no index addresses, no local version suffix
 	$(BIN)/uv pip compile -q setup.py --all-extras --python-version 3.11 --no-header --no-annotate \

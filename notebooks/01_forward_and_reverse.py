@@ -25,12 +25,13 @@
 
 # %%
 import math
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import torch
 
 import scoresde
-from scoresde import VPSDE, Ancestral, DDIM, EulerMaruyama, GaussianMixture, Heun, MLP, ScoreModel
+from scoresde import DDIM, MLP, VPSDE, Ancestral, EulerMaruyama, GaussianMixture, Heun, ScoreModel
 from solvers import Recorded
 
 torch.manual_seed(0)
@@ -49,7 +50,7 @@ data = GaussianMixture(means=[[-1.6], [0.2], [1.3]], std=[0.15, 0.25, 0.1], weig
 times = torch.linspace(sde.t_min, sde.t_max, 400, dtype=torch.float64)
 paths = torch.empty(len(times), 60)
 x = data.sample(60, dtype=torch.float64)[:, 0]
-for i, (s, t) in enumerate(zip(times[:-1], times[1:])):  # the exact transition kernel from one time to the next
+for i, (s, t) in enumerate(pairwise(times)):  # the exact transition kernel from one time to the next
     paths[i] = x
     kernel = sde.transition(float(s), float(t))
     x = kernel.scale * x + kernel.std * torch.randn_like(x)
@@ -67,7 +68,7 @@ plt.show()
 # The kernels compose: walking in 399 steps or jumping at once gives the same law.
 
 # %%
-walked = math.prod(sde.transition(float(s), float(t)).scale for s, t in zip(times[:-1], times[1:]))
+walked = math.prod(sde.transition(float(s), float(t)).scale for s, t in pairwise(times))
 jump = sde.transition(sde.t_min, sde.t_max)
 print(f"scale of the walk {walked:.12f}, of the jump {jump.scale:.12f}")
 assert abs(walked - jump.scale) < 1e-12
@@ -88,7 +89,7 @@ runs = {
 }
 figure, axes = plt.subplots(1, len(runs), figsize=(11, 2.4), sharey=True)
 truth = data.log_prob(grid).exp()
-for axis, (name, (solver, options)) in zip(axes, runs.items()):
+for axis, (name, (solver, options)) in zip(axes, runs.items(), strict=True):
     samples = scoresde.sample(rev, (20_000, 1), solver, rng=1, **options)
     axis.hist(samples.x[:, 0], bins=120, range=(-3, 3), density=True, color="tab:orange")
     axis.plot(grid, truth, "k", lw=0.8)
@@ -115,7 +116,9 @@ def side_by_side(n, batch=4000):
     x_T = torch.randn(batch, 1, generator=generator, dtype=torch.float64)
     noise = torch.randn(n - 1, batch, 1, generator=generator, dtype=torch.float64)
     knots = chain.descend()[:-1]  # stop at level 0
-    ddpm = scoresde.solve(data.reverse(chain), x_T, Ancestral("large"), grid=knots, rng=Recorded(noise), trajectory=True)
+    ddpm = scoresde.solve(
+        data.reverse(chain), x_T, Ancestral("large"), grid=knots, rng=Recorded(noise), trajectory=True
+    )
     sde_times = [k.t for k in knots]
     fine = VPSDE(t_min=sde_times[-1])
     em = scoresde.solve(
@@ -190,9 +193,8 @@ side = torch.linspace(-1.8, 1.8, 60)
 points = torch.cartesian_prod(side, side)
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.2))
 learned = scoresde.log_likelihood(model.reverse(), points, divergence="exact", rtol=1e-3, atol=1e-3, sigma_data=0.7)
-for axis, (name, log_p) in zip(
-    axes, {"truth": toy.log_prob(points.double(), knot), "model, by the ODE": learned.log_prob}.items()
-):
+panels = {"truth": toy.log_prob(points.double(), knot), "model, by the ODE": learned.log_prob}
+for axis, (name, log_p) in zip(axes[:2], panels.items(), strict=True):
     axis.imshow(log_p.exp().reshape(60, 60).T, origin="lower", extent=(-1.8, 1.8, -1.8, 1.8), cmap="Blues")
     axis.set_title(name)
 axes[2].scatter(exact, result.log_prob, s=3)

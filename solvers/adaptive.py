@@ -194,6 +194,8 @@ class AdaptiveRungeKutta(Solver):
     def __post_init__(self) -> None:
         check_positive("rtol", self.rtol)
         check_positive("atol", self.atol)
+        if not isinstance(self.max_steps, int) or self.max_steps < 1:
+            raise ValueError(f"`max_steps` must be an int >= 1, got {self.max_steps!r}.")
         tableau = lookup(TABLEAUX, self.tableau, "tableau")
         if tableau.error is None:
             embedded = ", ".join(k for k, v in TABLEAUX.items() if v.error is not None)

@@ -16,7 +16,11 @@ from sde_lib._checks import check_positive
 from solvers.coordinates import Coordinate
 from solvers.noise import Draw
 from solvers.runge_kutta import as_coordinate, rescale
-from solvers.solver import Counted, Hooks, Outcome, Solver
+from solvers.solver import Counted, Hooks, Outcome, Solver, SolverError, Status, check_finite
+
+
+class LibraryError(SolverError):
+    """The library's own word for a run it could not finish."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,26 @@ class External(Solver):
 
     def run(self, rev: ReverseSDE, x: Tensor, knots: Sequence[Knot], draw: Draw, hooks: Hooks) -> Outcome:
         hooks.refuse(self)
-        counted = Counted(rev, hooks.check)
+        counted = Counted(rev, check=True)  # the libraries wait for the host anyway, and answer NaN each in its own way
         noisy = [k for k in knots if not k.is_data]
-        states = [x, *self.solve_between(counted, x, noisy, draw)] if len(noisy) > 1 else [x]
-        if knots[-1].is_data:
-            states.append(counted(states[-1], noisy[-1]).data)
+        try:
+            check_finite(x, "the starting state", knots[0])
+            states = [x, *self.solve_between(counted, x, noisy, draw)] if len(noisy) > 1 else [x]
+            if knots[-1].is_data:
+                states.append(counted(states[-1], noisy[-1]).data)
+        except LibraryError as error:
+            return self._failed(x, counted.calls, knots, hooks, Status.STEP_TOO_SMALL, str(error))
+        except SolverError as error:
+            return self._failed(x, counted.calls, knots, hooks, Status.NON_FINITE, str(error))
         return Outcome(states[-1], counted.calls, states if hooks.trajectory else [])
+
+    def _failed(
+        self, x: Tensor, calls: int, knots: Sequence[Knot], hooks: Hooks, code: Status, message: str
+    ) -> Outcome:
+        """The library gave up on the whole batch."""
+        nothing = torch.full_like(x, torch.nan)
+        status = torch.full((len(x),), int(code), dtype=torch.int64)
+        return Outcome(nothing, calls, [nothing] * len(knots) if hooks.trajectory else [], status, {}, message)
 
 
 def _flow(rev: Counted, coordinate: Coordinate, low: float, high: float) -> Callable[[float, Tensor], Tensor]:
@@ -123,15 +141,18 @@ class TorchDiffEq(FlowLibrary):
 
         u = torch.tensor(us, dtype=torch.float64, device=y.device)
         options: dict[str, Any] = {} if self.method in FIXED else {"step_t": u[1:]}
-        states = odeint(
-            lambda at, state: slope(float(at), state),
-            y,
-            u,
-            rtol=self.rtol,
-            atol=self.atol,
-            method=self.method,
-            options=options or None,
-        )
+        try:
+            states = odeint(
+                lambda at, state: slope(float(at), state),
+                y,
+                u,
+                rtol=self.rtol,
+                atol=self.atol,
+                method=self.method,
+                options=options or None,
+            )
+        except AssertionError as error:  # "underflow in dt": its way to say that no step is small enough
+            raise LibraryError(f"torchdiffeq failed: {error}; loosen rtol and atol") from error
         return list(states[1:])
 
 
@@ -165,7 +186,7 @@ class SciPyODE(FlowLibrary):
         start = y.double().cpu().numpy().reshape(-1)
         result = solve_ivp(flat, (us[0], us[-1]), start, method=self.method, t_eval=us, rtol=self.rtol, atol=self.atol)
         if not result.success:
-            raise RuntimeError(f"scipy.integrate.solve_ivp failed: {result.message}")
+            raise LibraryError(f"scipy.integrate.solve_ivp failed: {result.message}")
         return [torch.from_numpy(column.copy()).to(y).reshape(y.shape) for column in result.y.T[1:]]
 
 

@@ -179,7 +179,7 @@ def make_knots(
     """
     if end not in ("stop", "denoise"):
         raise ValueError(f'`end` must be "stop" or "denoise", got {end!r}.')
-    if steps is not None and (not isinstance(steps, int) or steps < 1):
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise ValueError(f"`steps` must be an int >= 1, got {steps!r}.")
     if isinstance(grid, str):
         grid = lookup(GRIDS, grid, "grid")()

@@ -81,7 +81,8 @@ class Langevin(Corrector):
         z_norm, score_norm = (torch.linalg.vector_norm(v.reshape(len(v), -1), dim=1) for v in (z, score))
         if self.norm == "batch":
             z_norm, score_norm = z_norm.mean().expand_as(z_norm), score_norm.mean().expand_as(score_norm)
-        ratio = (self.snr * z_norm / score_norm).reshape(-1, *[1] * (score.ndim - 1))
+        # where the score vanishes exactly (at a mode) the rule asks for an infinite step: no move instead
+        ratio = torch.where(score_norm > 0, self.snr * z_norm / score_norm, 0.0).reshape(-1, *[1] * (score.ndim - 1))
         scale = shrink.to(ratio.dtype) if isinstance(shrink, Tensor) else shrink
         return 2.0 * scale * ratio * ratio
 

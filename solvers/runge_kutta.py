@@ -263,6 +263,10 @@ class Heun(RungeKutta):
         super().__post_init__()
         if not 0 <= self.s_churn < math.inf:
             raise ValueError(f"`s_churn` must be a finite number >= 0, got {self.s_churn!r}.")
+        if not 0 <= self.s_noise < math.inf:
+            raise ValueError(f"`s_noise` must be a finite number >= 0, got {self.s_noise!r}.")
+        if not 0 <= self.s_min <= self.s_max:
+            raise ValueError(f"Need 0 <= `s_min` <= `s_max`, got {self.s_min} and {self.s_max}.")
 
     @property
     def order(self) -> int:  # type: ignore[override]

@@ -1,0 +1,22 @@
+"""Write every notebook from its .py source, executed, with its outputs: ``make notebooks``."""
+
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    """Execute and store."""
+    for source in sorted(HERE.glob("[0-9]*.py")):
+        notebook = jupytext.read(source)
+        NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False).execute(cwd=str(HERE))
+        nbformat.write(notebook, source.with_suffix(".ipynb"))
+        print(source.with_suffix(".ipynb"))
+
+
+if __name__ == "__main__":
+    main()

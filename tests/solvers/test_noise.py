@@ -1,0 +1,191 @@
+"""Noise as a value: what each source promises, and the statistics of the counter-based one."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import pytest
+import torch
+from oracles import make_sde
+from scipy import stats
+from torch import Tensor
+
+from solvers import Independent, PerSample, Recorded, as_draw
+
+SDE = make_sde("vp")
+T, U, S = SDE.knot(0.8), SDE.knot(0.5), SDE.knot(0.2)
+
+
+def bound(level: float, tests: int) -> float:
+    """The normal quantile that `tests` independent standard normals all stay within, but for a chance of `level`."""
+    return NormalDist().inv_cdf(1.0 - level / (2.0 * tests))
+
+
+def standardized_correlations(rows: Tensor) -> Tensor:
+    """sqrt(n) times the correlation of every pair of rows (m, n): standard normal under independence."""
+    z = (rows - rows.mean(1, keepdim=True)) / rows.std(1, keepdim=True)
+    matrix = z @ z.T / rows.shape[1] * math.sqrt(rows.shape[1])
+    m = len(rows)
+    return matrix[torch.triu(torch.ones(m, m, dtype=torch.bool), 1)]
+
+
+# --- the counter-based normals ------------------------------------------------------------------------------------------
+
+
+def test_per_sample_normals_are_normal():
+    """Kolmogorov-Smirnov and the first four moments over 2^18 numbers of neighbouring seeds, fixed for good."""
+    x = torch.zeros(64, 4096, dtype=torch.float64)
+    z = PerSample(list(range(64))).bind(x)(T, S).flatten()
+    n = len(z)
+    assert stats.kstest(z.numpy(), "norm").pvalue > 1e-4
+    # standard errors of the sample moments of a standard normal: 1, 2, 15, 96 over n
+    for power, mean, variance in ((1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)):
+        assert abs(float((z**power).mean()) - mean) < 5.0 * math.sqrt(variance / n)
+    # the tail: numbers beyond 4 are 6.3e-5 of them, a Poisson count
+    expected = n * 2.0 * NormalDist().cdf(-4.0)
+    assert abs(int((z.abs() > 4).sum()) - expected) < 5.0 * math.sqrt(expected)
+
+
+def test_each_sample_and_each_draw_is_normal():
+    """Kolmogorov-Smirnov per seed and per interval; the p-values are themselves uniform."""
+    x = torch.zeros(40, 2000, dtype=torch.float64)
+    knots = [SDE.knot(t) for t in (0.9, 0.7, 0.5, 0.3, 0.1)]
+    draw = PerSample(list(range(1000, 1040))).bind(x)
+    values = torch.stack([draw(t, s) for t, s in zip(knots[:-1], knots[1:], strict=True)])
+    p = [stats.kstest(values[i, j].numpy(), "norm").pvalue for i in range(4) for j in range(40)]
+    assert min(p) > 1e-3 / len(p)
+    assert stats.kstest(p, "uniform").pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    "seeds", [list(range(48)), [2**k for k in range(48)], [-k for k in range(1, 49)], [17 + 2**32 * k for k in range(48)]],
+    ids=["neighbours", "one bit", "negative", "high words"],
+)  # fmt: skip
+def test_samples_are_independent(seeds):
+    """Correlations between any two seeds of structured families, and of their squares, are those of chance."""
+    x = torch.zeros(len(seeds), 4096, dtype=torch.float64)
+    z = PerSample(seeds).bind(x)(T, S)
+    for rows in (z, z.square()):
+        pairs = standardized_correlations(rows)
+        assert float(pairs.abs().max()) < bound(1e-4, len(pairs))
+        # the covariance as a whole: a sum of squares of nearly independent standard normals
+        assert abs(float(pairs.square().sum()) - len(pairs)) < 5.0 * math.sqrt(2.0 * len(pairs))
+
+
+def test_draws_are_independent():
+    """Different intervals, the reversed interval, intervals a rounding apart, and named keys share nothing."""
+    x = torch.zeros(1, 8192, dtype=torch.float64)
+    draw = PerSample([3]).bind(x)
+    near = SDE.knot(math.nextafter(0.5, 1.0))
+    rows = [draw(T, S), draw(S, T), draw(T, U), draw(U, S), draw(near, S), draw(T, near)]
+    rows += [draw.normal("prior"), draw.normal("churn", 1.0), draw.normal("churn", math.nextafter(1.0, 2.0))]
+    rows += [draw.normal("corrector", U.half_log_snr, i) for i in range(6)]
+    rows += [PerSample([4]).bind(x)(T, S)]
+    pairs = standardized_correlations(torch.cat(rows))
+    assert float(pairs.abs().max()) < bound(1e-4, len(pairs))
+
+
+def test_long_keys_are_read_to_their_end():
+    """Two names that agree in their first eight letters are two noises."""
+    draw = PerSample([3]).bind(torch.zeros(1, 16))
+    assert not torch.equal(draw.normal("projection_a"), draw.normal("projection_b"))
+
+
+def test_elements_are_independent():
+    """Across 20 000 seeds, any two elements of a sample are uncorrelated: Box-Muller pairs and neighbours included."""
+    x = torch.zeros(20_000, 2, 3, 4, dtype=torch.float64)
+    z = PerSample(list(range(20_000))).bind(x)(T, S).reshape(20_000, 24)
+    for rows in (z.T, z.T.square()):
+        pairs = standardized_correlations(rows.contiguous())
+        assert float(pairs.abs().max()) < bound(1e-4, len(pairs))
+    p = [stats.kstest(z[:, j].numpy(), "norm").pvalue for j in range(24)]
+    assert min(p) > 1e-3 / 24
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_sample_is_a_function_of_its_seed(shape, dtype):
+    """Bitwise: whatever the batch, the order, and however often asked; shapes with an odd number of elements too."""
+    seeds = [5, 5, 9, 2**70, -3]
+    x = torch.zeros(5, *shape, dtype=dtype)
+    draw = PerSample(seeds).bind(x)
+    for call in (lambda d: d(T, S), lambda d: d.normal("prior"), lambda d: d.normal("k", 3, 0.5)):
+        whole = call(draw)
+        assert whole.shape == x.shape and whole.dtype == dtype and torch.isfinite(whole).all()
+        assert torch.equal(call(draw), whole) and torch.equal(call(draw.restart()), whole)
+        assert torch.equal(whole[0], whole[1]) and not torch.equal(whole[0], whole[2])
+        for i in (4, 2):
+            assert torch.equal(call(PerSample([seeds[i]]).bind(x[:1]))[0], whole[i])
+
+
+def test_float32_is_the_rounded_float64():
+    """One stream of bits for every dtype."""
+    single = PerSample([1, 2]).bind(torch.zeros(2, 50))(T, S)
+    double = PerSample([1, 2]).bind(torch.zeros(2, 50, dtype=torch.float64))(T, S)
+    assert torch.equal(single, double.float())
+
+
+def test_per_sample_knots_give_the_row_noise():
+    """Knots of (B, 1) times: row i draws what a float knot of its time draws."""
+    at = torch.tensor([0.9, 0.6], dtype=torch.float64)
+    to = torch.tensor([0.5, 0.1], dtype=torch.float64)
+    x = torch.zeros(2, 6, dtype=torch.float64)
+    rows = PerSample([4, 7]).bind(x)(SDE.knot(at, ndim=2), SDE.knot(to, ndim=2))
+    for i, seed in enumerate((4, 7)):
+        knots = SDE.knot(at, ndim=2).select(torch.tensor([i])), SDE.knot(to, ndim=2).select(torch.tensor([i]))
+        assert torch.equal(PerSample([seed]).bind(x[:1])(*knots)[0], rows[i])
+
+
+# --- the other sources --------------------------------------------------------------------------------------------------
+
+
+def test_an_int_is_a_torch_generator():
+    """rng=7 is torch's own stream of that seed, from its beginning at every bind."""
+    x = torch.zeros(3, 4)
+    generator = torch.Generator().manual_seed(7)
+    want = [torch.randn(3, 4, generator=generator) for _ in range(2)]
+    for source in (7, Independent(7)):
+        draw = as_draw(source, x)
+        assert torch.equal(draw(T, U), want[0]) and torch.equal(draw.normal("any"), want[1])
+        again = draw.restart()
+        assert torch.equal(again(T, U), want[0])
+    noise = Independent(7)
+    assert torch.equal(noise.bind(x)(T, S), noise.bind(x)(T, S))
+
+
+def test_restart_does_not_disturb_the_run():
+    """Replaying from the start leaves the original generator where it was."""
+    generator = torch.Generator().manual_seed(1)
+    draw = as_draw(generator, torch.zeros(4))
+    first = draw(T, U)
+    replay = draw.restart()
+    assert torch.equal(replay(T, U), first)
+    reference = torch.Generator().manual_seed(1)
+    torch.randn(4, generator=reference)
+    assert torch.equal(draw(U, S), torch.randn(4, generator=reference))
+
+
+def test_recorded_noise():
+    """Handed out in order, cast to the state; a missing draw or a wrong shape is named."""
+    x = torch.zeros(2, 3)
+    given = torch.arange(12, dtype=torch.float64).reshape(2, 2, 3)
+    draw = Recorded(given).bind(x)
+    assert torch.equal(draw(T, S), given[0].float()) and torch.equal(draw.normal("prior"), given[1].float())
+    with pytest.raises(ValueError, match="draw 3 but only 2"):
+        draw(T, S)
+    assert torch.equal(draw.restart()(T, S), given[0].float())
+    with pytest.raises(ValueError, match="shape"):
+        Recorded([torch.zeros(3, 2)]).bind(x)(T, S)
+
+
+def test_bad_seeds():
+    """Lists of ints, one per sample."""
+    for bad in ([], [1.0], [True], ["a"], [None]):
+        with pytest.raises(ValueError, match="ints"):
+            PerSample(bad)
+    with pytest.raises(ValueError, match="3 seeds for a batch of 2"):
+        PerSample([1, 2, 3]).bind(torch.zeros(2, 1))
+    for bad in (1.5, True, {"seed": 1}, torch.tensor(3)):
+        with pytest.raises(TypeError, match="rng"):
+            as_draw(bad, torch.zeros(2))
