@@ -1,10 +1,13 @@
 """Score-based generative models in continuous time.
 
 The facade: SDEs from `sde_lib`, solvers from `solvers`, and score models, losses and likelihoods from this package.
-Importing it stays light; training, data, configurations and the demo are imported from their modules.
+Importing it stays light: `train`, `load_model` and `save_model` bring their libraries when they are first asked for;
+data, configurations and the demo are imported from their modules.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from scoresde.guidance import ClassifierFreeGuidance, ClipData, inpaint
 from scoresde.likelihood import BitsPerDim, Likelihood, bits_per_dim, divergence, log_likelihood
@@ -62,6 +65,19 @@ from solvers import (
     sample,
     solve,
 )
+
+_LAZY = {
+    "load_model": "scoresde.training.checkpoint",
+    "save_model": "scoresde.training.checkpoint",
+    "train": "scoresde.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'scoresde' has no attribute {name!r}")
+
 
 try:
     __version__ = version("scoresde")
@@ -130,8 +146,11 @@ __all__ = [
     "energy_distance",
     "gaussian_bits_per_dim",
     "inpaint",
+    "load_model",
     "log_likelihood",
     "sample",
+    "save_model",
     "sliced_wasserstein",
     "solve",
+    "train",
 ]

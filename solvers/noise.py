@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
 from collections.abc import Sequence
@@ -314,7 +315,7 @@ def _mix_tensor(z: Tensor) -> Tensor:
 
 def _key(word: str, *values: Any) -> int | Tensor:
     """A 64-bit hash of a word and numbers; a (B,) tensor if a number is per sample."""
-    key: int | Tensor = _mix(int.from_bytes(word.encode()[:8].ljust(8, b"\0"), "little"))
+    key: int | Tensor = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
     for value in values:
         if isinstance(value, Tensor):
             bits = value.reshape(-1).double().view(torch.int64)
