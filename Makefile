@@ -6,7 +6,7 @@ EXTRAS ?= dev
 CONSTRAINTS ?= constraints.txt
 USE_UV ?= 1
 WORKDIR ?= runs/demo
-# Options for pytest, e.g. make test PYTEST="--golden ../golden -k solvers"
+# Options for pytest, e.g. make test PYTEST="--golden=../golden -k solvers"
 PYTEST ?=
 # uv reads no PIP_FIND_LINKS: hand it on where it is set
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)

@@ -130,8 +130,9 @@ class Prediction:
     __slots__ = ("_pq", "knot", "parameterization", "raw", "x")
 
     def __init__(self, x: Tensor, knot: Knot, raw: Tensor, parameterization: Parameterization) -> None:
-        if raw.shape != x.shape:
-            raise ValueError(f"The network must answer in its state's shape {tuple(x.shape)}, got {tuple(raw.shape)}.")
+        if not isinstance(raw, Tensor) or raw.shape != x.shape:
+            got = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+            raise ValueError(f"The network must answer with a tensor in its state's shape {tuple(x.shape)}, got {got}.")
         self.x, self.knot, self.parameterization = x, knot, parameterization
         self.raw = raw if raw.dtype == x.dtype else raw.to(x.dtype)
         self._pq = parameterization.coefficients(knot)

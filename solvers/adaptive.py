@@ -93,6 +93,7 @@ def integrate(
     guess = torch.nan_to_num(guess, nan=1e-6).clamp(max=abs(span))
     h = guess if span > 0 else -guess
     smallest = 1e-12 * abs(span)
+    retried = torch.zeros(batch, dtype=torch.bool, device=device)
     calls_per_try = tableau.stages - 1
     for tried in range(max_steps + 1):
         left = u_1 - u
@@ -117,7 +118,9 @@ def integrate(
             calls[index] += 1
         first = _where(accept, tail, first)
         factor = torch.where(finite, 0.9 * error.clamp(min=1e-10) ** power, 0.1).clamp(0.1, 5.0)
-        h = h * torch.where(accept, factor, factor.clamp(max=0.9))
+        # the step right after a rejection does not grow: what was just refused is not asked for again
+        h = h * torch.where(accept, torch.where(retried, factor.clamp(max=1.0), factor), factor.clamp(max=0.9))
+        retried = ~accept
         finished = accept & last
         too_small = ~finished & (h.abs() < smallest)
         code = torch.where(too_small, torch.where(finite, int(Status.STEP_TOO_SMALL), int(Status.NON_FINITE)), 0)
@@ -132,7 +135,7 @@ def integrate(
             keep = (~done).nonzero().flatten()
             if len(keep) == 0:
                 break
-            index, u, h = index[keep], u[keep], h[keep]
+            index, u, h, retried = index[keep], u[keep], h[keep], retried[keep]
             leaves, first = tuple(leaf[keep] for leaf in leaves), tuple(k[keep] for k in first)
             rows = rows.select(keep)
     return Integrated(out, status.cpu(), calls.cpu(), accepted.cpu(), rejected.cpu(), reached.cpu())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sde_lib import Knot, ReverseSDE
+from sde_lib import Knot, ReverseSDE, lookup
 from sde_lib._checks import check_positive
 from solvers.coordinates import Coordinate
 from solvers.noise import Draw
@@ -89,9 +89,11 @@ class FlowLibrary(External):
     rtol: float = 1e-5
     atol: float = 1e-5
     coordinate: Coordinate | str = "time"
+    methods: ClassVar[tuple[str, ...]] = ()
     _coordinate: Coordinate = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        lookup(dict.fromkeys(self.methods), self.method, f"{type(self).__name__} method")
         check_positive("rtol", self.rtol)
         check_positive("atol", self.atol)
         object.__setattr__(self, "_coordinate", as_coordinate(self.coordinate))
@@ -131,6 +133,7 @@ class TorchDiffEq(FlowLibrary):
     """
 
     method: str = "dopri5"
+    methods: ClassVar[tuple[str, ...]] = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", *FIXED)
 
     @property
     def batch_coupled(self) -> bool:
@@ -171,6 +174,7 @@ class SciPyODE(FlowLibrary):
     """
 
     method: str = "RK45"
+    methods: ClassVar[tuple[str, ...]] = ("RK45", "RK23", "DOP853", "LSODA", "Radau", "BDF")
 
     @property
     def batch_coupled(self) -> bool:
@@ -190,6 +194,7 @@ class SciPyODE(FlowLibrary):
         return [torch.from_numpy(column.copy()).to(y).reshape(y.shape) for column in result.y.T[1:]]
 
 
+_ITO = ("euler", "milstein", "srk")
 _STRATONOVICH = ("midpoint", "heun", "euler_heun", "log_ode", "reversible_heun")
 
 
@@ -212,6 +217,11 @@ class TorchSDE(External):
     rtol: float = 1e-3
     atol: float = 1e-3
     needs_drift: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        lookup(dict.fromkeys((*_ITO, *_STRATONOVICH)), self.method, "TorchSDE method")
+        check_positive("rtol", self.rtol)
+        check_positive("atol", self.atol)
 
     @property
     def stochastic(self) -> bool:
@@ -247,7 +257,7 @@ class TorchSDE(External):
             ts,
             bm=path,
             method=self.method,
-            dt=span / steps,
+            dt=span / steps * (1 + 1e-9),  # round-off must not leave a sliver of a step; the last one is clipped
             adaptive=self.adaptive_steps,
             rtol=self.rtol,
             atol=self.atol,

@@ -82,7 +82,7 @@ class Langevin(Corrector):
         if self.norm == "batch":
             z_norm, score_norm = z_norm.mean().expand_as(z_norm), score_norm.mean().expand_as(score_norm)
         # where the score vanishes exactly (at a mode) the rule asks for an infinite step: no move instead
-        ratio = torch.where(score_norm > 0, self.snr * z_norm / score_norm, 0.0).reshape(-1, *[1] * (score.ndim - 1))
+        ratio = torch.where(score_norm != 0, self.snr * z_norm / score_norm, 0.0).reshape(-1, *[1] * (score.ndim - 1))
         scale = shrink.to(ratio.dtype) if isinstance(shrink, Tensor) else shrink
         return 2.0 * scale * ratio * ratio
 
@@ -158,6 +158,11 @@ class PredictorCorrector(Solver):
         predictor = 0 if self._predictor is None else self._predictor.nfe_per_step
         return predictor + (0 if self._corrector is None else self._corrector.steps)
 
+    def nfe(self, steps: int, end: str = "stop") -> int:
+        """With the corrector first, the step to the data corrects too."""
+        last = self._corrector.steps if self._corrector is not None and self.corrector_first else 0
+        return super().nfe(steps, end) + (last if end == "denoise" else 0)
+
     @property
     def needs_drift(self) -> bool:  # type: ignore[override]
         return self._predictor is not None and self._predictor.needs_drift
@@ -183,11 +188,19 @@ class PredictorCorrector(Solver):
     def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """Predict, then correct at s; or correct at t, then predict."""
         shrink = (t.alpha / s.alpha) * (t.alpha / s.alpha)
-        if self.corrector_first and self._corrector is not None:
-            x = self._corrector.correct(rev, x, t, shrink, draw)
+        x = self._correct_first(rev, x, t, s, draw)
         prediction = None
         if self._predictor is not None:
             x, prediction, *_ = self._predictor.step(rev, x, t, s, (), draw)
         if not self.corrector_first and self._corrector is not None:
             x = self._corrector.correct(rev, x, s, shrink, draw)
         return Step(x, prediction)
+
+    def finish(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+        """The posterior mean; the published order corrects before it, at the last noisy level too."""
+        return super().finish(rev, self._correct_first(rev, x, t, s, draw), t, s, (), draw)
+
+    def _correct_first(self, rev: Any, x: Tensor, t: Knot, s: Knot, draw: Draw) -> Tensor:
+        if not self.corrector_first or self._corrector is None:
+            return x
+        return self._corrector.correct(rev, x, t, (t.alpha / s.alpha) * (t.alpha / s.alpha), draw)

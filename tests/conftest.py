@@ -1,4 +1,4 @@
-"""Options and fixtures of the whole suite: ``--golden DIR`` and ``--device``."""
+"""Options and fixtures of the whole suite: ``--golden=DIR`` and ``--device``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def golden(request: pytest.FixtureRequest) -> Path:
     """The directory given by ``--golden``; the test is skipped without one."""
     option = request.config.getoption("--golden")
     if option is None:
-        pytest.skip("golden numbers of the reference implementations: give their directory with --golden DIR")
+        pytest.skip("golden numbers of the reference implementations: give their directory with --golden=DIR")
     path = Path(option)
     if not path.is_dir():
         pytest.skip(f"--golden {option}: no such directory")

@@ -20,7 +20,7 @@ from solvers import SOLVERS, Recorded, Solver, solve
 
 EPS = torch.finfo(torch.float64).eps
 
-# --- cases from the tables --------------------------------------------------------------------------------------
+# --- cases from the tables ------------------------------------------------------------------------------------------
 
 
 def ddpm_table(n: int = 1000) -> list[float]:
@@ -58,7 +58,7 @@ def extended_times(sde: SDE) -> list[float]:
     return sorted({*below, *times_of(sde)})
 
 
-# --- the laws, restated in arbitrary precision --------------------------------------------------------------------
+# --- the laws, restated in arbitrary precision ----------------------------------------------------------------------
 
 
 def _mp_linear_beta(t: Any) -> Any:
@@ -108,7 +108,7 @@ def relative(got: float, want: Any) -> float:
         return float(abs(mp.mpf(got) / want - 1)) if want != 0 else float(abs(mp.mpf(got)))
 
 
-# --- data ---------------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------------------------
 
 
 def gaussian(shape: tuple[int, ...] = (), mean: float = 0.7, std: float = 0.5) -> GaussianMixture:
@@ -131,7 +131,7 @@ def mp_free_moments(data: GaussianMixture, knot: Knot) -> tuple[float, float]:
     return float(knot.alpha) * mean, float(knot.alpha) ** 2 * variance + float(knot.sigma) ** 2
 
 
-# --- recording ----------------------------------------------------------------------------------------------------
+# --- recording ------------------------------------------------------------------------------------------------------
 
 
 class Spy(ReverseSDE):
@@ -223,7 +223,7 @@ def gaussian_weak_error(sde: SDE, data: GaussianMixture, solver: Solver, knots: 
     return mean - end[0], variance - end[1]
 
 
-# --- exact weak error on nonlinear problems, by quadrature ------------------------------------------------------------
+# --- exact weak error on nonlinear problems, by quadrature ----------------------------------------------------------
 
 _HERMITE_NODES = 21
 TEST_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -308,7 +308,7 @@ def _from_spline(spline: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(spline(x.numpy()))
 
 
-# --- the probability-flow map on the line -----------------------------------------------------------------------------
+# --- the probability-flow map on the line ---------------------------------------------------------------------------
 
 
 def flow_map(data: GaussianMixture, x: Tensor, t: Knot, s: Knot) -> Tensor:
@@ -339,7 +339,7 @@ def quantiles(data: GaussianMixture, knot: Knot, n: int = 101) -> Tensor:
     return mean + math.sqrt(variance) * torch.linspace(-2.5, 2.5, n, dtype=torch.float64)
 
 
-# --- grids and orders -------------------------------------------------------------------------------------------------
+# --- grids and orders -----------------------------------------------------------------------------------------------
 
 
 def lambda_knots(sde: SDE, steps: int, low: float = -2.0, high: float = 2.5) -> list[Knot]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import mpmath as mp
@@ -33,7 +34,7 @@ def exact_ddpm(n: int, beta_min: str = "0.1", beta_max: str = "20") -> tuple[lis
 
 @pytest.mark.parametrize("n", [30, 1000])
 def test_ddpm_definitions(n):
-    """betas linspace(0.1/n, 20/n, n), alpha^2 their cumulative product, sigma^2 the rest; betas are x_i given x_{i-1}."""
+    """betas are linspace(0.1/n, 20/n, n), alpha^2 the cumulative product of 1 - beta, sigma^2 the rest."""
     chain, (betas, products) = VPSDE().discretize(n), exact_ddpm(n)
     for i in range(n):
         lam = abs(float(chain.half_log_snr[i]))
@@ -196,7 +197,7 @@ def test_strides(n, steps, spacing):
     knots = chain.descend(steps, spacing)
     picked = [k.label for k in knots[:-1]]
     assert len(picked) == steps and knots[-1] is DATA
-    assert all(a > b for a, b in zip(picked[:-1], picked[1:], strict=True)) and 0 <= picked[-1] and picked[0] < n
+    assert all(a > b for a, b in itertools.pairwise(picked)) and 0 <= picked[-1] and picked[0] < n
     assert all(k is chain.levels[k.label] for k in knots[:-1])
     if spacing in ("trailing", "linspace"):
         assert picked[0] == n - 1  # starts in the prior, one step included
@@ -256,7 +257,7 @@ def test_ddpm_converges_to_the_vp_sde(t):
             )
         )
     for quantity in range(2):
-        for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
+        for coarse, fine in itertools.pairwise(errors):
             # the next term of the expansion is O(1/n), so the order is 1 + O(1/n)
             assert observed_order(coarse[quantity], fine[quantity]) == pytest.approx(1.0, abs=0.05)
 
@@ -271,7 +272,7 @@ def test_ddpm_steps_converge_to_drift_and_diffusion():
             (abs(n * float(chain.betas[i]) - sde.g2(t)), abs(n * (float(chain.forward_scale[i]) - 1) - sde.f(t)))
         )
     for quantity in range(2):
-        for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
+        for coarse, fine in itertools.pairwise(errors):
             assert observed_order(coarse[quantity], fine[quantity]) == pytest.approx(1.0, abs=0.05)
 
 
@@ -338,8 +339,8 @@ def test_golden_sde(golden, tag):
     It computes 1 - exp(2 lm) there, off by EPS / sigma^2 relative at small times; ours uses expm1.
     """
     with np.load(golden / "sde.npz") as file:
-        get = {k: torch.from_numpy(file[f"{tag}/f64/{k}"]) for k in
-               ("drift", "diffusion", "mean", "mean_coef", "std", "prior_logp", "rev_drift_pf0", "rev_drift_pf1")}  # fmt: skip
+        keys = ("drift", "diffusion", "mean", "mean_coef", "std", "prior_logp", "rev_drift_pf0", "rev_drift_pf1")
+        get = {k: torch.from_numpy(file[f"{tag}/f64/{k}"]) for k in keys}
         t, x, score, z = (torch.from_numpy(file[k]) for k in ("t", "x", "score", "prior_z"))
         sde = make_reference(tag, file[f"{tag}/params"])
     torch.testing.assert_close(sde.prior_logp(z), get["prior_logp"], rtol=1e-12, atol=0)

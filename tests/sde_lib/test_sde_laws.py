@@ -468,6 +468,59 @@ def test_conditioning_three_times_at_once(name):
     MultivariateNormal(torch.zeros(3, dtype=torch.float64), cov)  # positive definite
 
 
+# --- unusual parameters -------------------------------------------------------------------------------------------------
+
+UNUSUAL = {
+    "vp, constant beta": lambda: SDES["vp"](1.0, 1.0, t_max=3.0),
+    "vp, extreme": lambda: SDES["vp"](1e-4, 60.0, t_min=1e-9),
+    "sub_vp, constant beta": lambda: SDES["sub_vp"](5.0, 5.0, t_min=1e-8),
+    "ve, wide": lambda: SDES["ve"](1e-4, 1e4, t_min=1e-8),
+    "ve, narrow": lambda: SDES["ve"](0.5, 0.6),
+    "cosine, tiny s": lambda: SDES["cosine"](1e-5, t_min=1e-7, t_max=0.9999),
+    "cosine, large s": lambda: SDES["cosine"](0.5, t_max=0.5),
+    "edm, wide": lambda: SDES["edm"](1e-7, 1e5),
+    "flow, inside": lambda: SDES["flow"](1e-8, 0.9),
+    "tabulated, two": lambda: SDES["tabulated"]([0.9, 0.1]),
+    "tabulated, uneven": lambda: SDES["tabulated"]([1 - 1e-10, 0.999, 0.9989, 0.5, 0.4999, 1e-8]),
+    "tabulated, tensor": lambda: SDES["tabulated"](torch.linspace(0.99, 0.01, 50)),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_laws_hold_for_unusual_parameters(case):
+    """Derivatives, inverse, monotonicity and composition far from the defaults."""
+    sde = UNUSUAL[case]()
+    at = times_of(sde, 15)
+    lam = torch.tensor([sde.half_log_snr(t) for t in at], dtype=torch.float64)
+    assert bool((lam.diff() < 0).all()) and torch.isfinite(lam).all()
+    for t in at:
+        slope = -rate_of(sde.half_log_snr, t)
+        assert sde.f(t) == pytest.approx(rate_of(sde.log_alpha, t), rel=1e-10, abs=1e-13)
+        assert sde.g2(t) == pytest.approx(2.0 * sde.sigma(t) ** 2 * slope, rel=1e-9)
+        largest = 1.0 + float(lam.abs().max())
+        assert abs(sde.time_at(sde.half_log_snr(t)) - t) <= 32 * EPS * (largest / slope + t)
+    for s, u, t in triples(sde):
+        first, second, whole = sde.transition(s, u), sde.transition(u, t), sde.transition(s, t)
+        gap = min(1.0, *(sde.half_log_snr(a) - sde.half_log_snr(b) for a, b in ((s, u), (u, t))))
+        variance = (second.scale * first.std) ** 2 + second.std**2
+        assert variance == pytest.approx(whole.std**2, rel=2e-14 * float(1 + lam.abs().max()) / gap)
+
+
+@every_sde
+def test_laws_can_be_copied_and_pickled(name):
+    """Laws, knots and chains travel to worker processes; what comes back is the same law."""
+    import copy
+    import pickle
+
+    sde = make_sde(name)
+    t = 0.5 * (sde.t_min + sde.drift_t_max)
+    for clone in (copy.deepcopy(sde), pickle.loads(pickle.dumps(sde))):
+        assert clone.half_log_snr(t) == sde.half_log_snr(t) and repr(clone) == repr(sde)
+    chain = pickle.loads(pickle.dumps(sde.discretize(30)))
+    assert chain.levels[3].alpha == sde.discretize(30).levels[3].alpha and chain.descend(4)[-1].is_data
+    assert len(repr(sde)) < 400  # a table of a thousand numbers is summarized
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import mpmath as mp
@@ -27,7 +28,7 @@ def test_grids_are_monotone_and_hit_their_ends(grid, name, steps):
         times = [k.t for k in knots]
         assert len(times) == steps + 1 and times[-1] == sde.t_min
         assert times[0] in ({sde.drift_t_max} if needs_drift else {sde.t_max, sde.drift_t_max})
-        assert all(a > b for a, b in zip(times[:-1], times[1:], strict=True))
+        assert all(a > b for a, b in itertools.pairwise(times))
         assert all(math.isfinite(k.alpha) and k.sigma > 0 and k.law is sde for k in knots)
 
 

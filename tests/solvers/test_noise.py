@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from statistics import NormalDist
 
@@ -30,7 +31,7 @@ def standardized_correlations(rows: Tensor) -> Tensor:
     return matrix[torch.triu(torch.ones(m, m, dtype=torch.bool), 1)]
 
 
-# --- the counter-based normals ------------------------------------------------------------------------------------------
+# --- the counter-based normals --------------------------------------------------------------------------------------
 
 
 def test_per_sample_normals_are_normal():
@@ -52,14 +53,15 @@ def test_each_sample_and_each_draw_is_normal():
     x = torch.zeros(40, 2000, dtype=torch.float64)
     knots = [SDE.knot(t) for t in (0.9, 0.7, 0.5, 0.3, 0.1)]
     draw = PerSample(list(range(1000, 1040))).bind(x)
-    values = torch.stack([draw(t, s) for t, s in zip(knots[:-1], knots[1:], strict=True)])
+    values = torch.stack([draw(t, s) for t, s in itertools.pairwise(knots)])
     p = [stats.kstest(values[i, j].numpy(), "norm").pvalue for i in range(4) for j in range(40)]
     assert min(p) > 1e-3 / len(p)
     assert stats.kstest(p, "uniform").pvalue > 1e-4
 
 
 @pytest.mark.parametrize(
-    "seeds", [list(range(48)), [2**k for k in range(48)], [-k for k in range(1, 49)], [17 + 2**32 * k for k in range(48)]],
+    "seeds",
+    [list(range(48)), [2**k for k in range(48)], [-k for k in range(1, 49)], [17 + 2**32 * k for k in range(48)]],
     ids=["neighbours", "one bit", "negative", "high words"],
 )  # fmt: skip
 def test_samples_are_independent(seeds):
@@ -137,7 +139,7 @@ def test_per_sample_knots_give_the_row_noise():
         assert torch.equal(PerSample([seed]).bind(x[:1])(*knots)[0], rows[i])
 
 
-# --- the other sources --------------------------------------------------------------------------------------------------
+# --- the other sources ----------------------------------------------------------------------------------------------
 
 
 def test_an_int_is_a_torch_generator():

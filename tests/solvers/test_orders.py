@@ -1,10 +1,10 @@
 """Order and exactness of every solver on every SDE, without Monte Carlo.
 
-Three problems. Affine: on Gaussian data a run is x_end = A x_T + b + sum C_k z_k, whose coefficients impulses read off, so
-mean and variance of the output are exact numbers. Nonlinear: on a mixture, expectations of test functions by backward
-quadrature through the solver's own steps (affine drift is blind to some errors). Flow: on a mixture, deterministic
-solvers against the exact probability-flow map, which keeps quantiles. Grids are equispaced in lambda and stay away from
-t = 1 and t = 0, where an order needs finer steps to show.
+Three problems. Affine: on Gaussian data a run is x_end = A x_T + b + sum C_k z_k, whose coefficients impulses read
+off, so mean and variance of the output are exact numbers. Nonlinear: on a mixture, expectations of test functions by
+backward quadrature through the solver's own steps (affine drift is blind to some errors). Flow: on a mixture,
+deterministic solvers against the exact probability-flow map, which keeps quantiles. Grids are equispaced in lambda and
+stay away from t = 1 and t = 0, where an order needs finer steps to show.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from oracles import (
+    CASES,
     FIXED,
     ORDERED,
     SDE_NAMES,
@@ -32,7 +33,7 @@ from oracles import (
 )
 
 from sde_lib import DATA, GaussianMixture
-from solvers import DDIM, Ancestral, AnnealedLangevin, Heun, PredictorCorrector, solve
+from solvers import DDIM, Ancestral, AnnealedLangevin, Heun, PredictorCorrector, Recorded, sample, solve
 
 SLACK = 0.15
 every_sde = pytest.mark.parametrize("name", SDE_NAMES)
@@ -45,9 +46,9 @@ def check_order(
 ) -> None:
     """Halving the step divides each error by 2^order at least (`equal`: exactly), within `SLACK`.
 
-    Steps double from `start`. An expansion c h^p (1 + O(h)) shows p only for small h, and an error may cross zero on the
-    way, so two successive halvings out of five must show it. An error below `floor` (rounding, quadrature) has nothing
-    left to show: if all are, one halving is enough, and none where the method is exact.
+    Steps double from `start`. An expansion c h^p (1 + O(h)) shows p only for small h, and an error may cross zero on
+    the way, so two successive halvings out of five must show it. An error below `floor` (rounding, quadrature) has
+    nothing left to show: if all are, one halving is enough, and none where the method is exact.
     """
     before = errors(start)
     seen: list[list[float]] = []
@@ -70,7 +71,7 @@ def steps_of(order: int) -> int:
     return {1: 64, 2: 32, 3: 24, 4: 16, 5: 12}[order]
 
 
-# --- affine -------------------------------------------------------------------------------------------------------------
+# --- affine ---------------------------------------------------------------------------------------------------------
 
 
 @every_sde
@@ -117,7 +118,7 @@ def test_the_affine_map_does_not_depend_on_the_shape_of_the_data(case, shape):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
-# --- nonlinear ------------------------------------------------------------------------------------------------------------
+# --- nonlinear ------------------------------------------------------------------------------------------------------
 
 
 def nonlinear(case: str, name: str, equal: bool) -> None:
@@ -127,7 +128,7 @@ def nonlinear(case: str, name: str, equal: bool) -> None:
         # one norm over four test functions: a single one may cross zero on the way
         return [float(nonlinear_weak_error(data, data.reverse(sde), solver, lambda_knots(sde, steps)).norm())]
 
-    # quintic splines on 241 points over 16 standard deviations, scale of the functions one: (16/240)^6 / 6! ~ 1e-10 a step
+    # quintic splines on 241 points over 16 standard deviations, functions of scale one: (16/240)^6 / 6! ~ 1e-10 a step
     check_order(errors, solver.order, {1: 48, 2: 24}[solver.order], floor=1e-7, equal=equal)
 
 
@@ -210,7 +211,7 @@ def test_default_grids_converge(case, name):
         assert fine < 4.0 ** -(1.0 - SLACK) * coarse or fine < 1e-11
 
 
-# --- exactness ------------------------------------------------------------------------------------------------------------
+# --- exactness ------------------------------------------------------------------------------------------------------
 
 
 @every_sde
@@ -266,12 +267,12 @@ def test_denoising_ends_in_the_posterior_mean(case, name):
     assert clean.times[-1] == 0.0
 
 
-# --- correctors on a Gaussian -----------------------------------------------------------------------------------------------
+# --- correctors on a Gaussian ---------------------------------------------------------------------------------------
 
 
 @every_sde
 def test_annealed_langevin_keeps_a_gaussian_up_to_its_known_bias(name):
-    """n moves x <- x - e (x - m) / v + sqrt(2 e) z: mean m + r^n (m_0 - m), variance r^2n v_0 + v (1 - r^2n)/(1 - e/2v).
+    """n moves x - e (x - m) / v + sqrt(2 e) z: mean m + r^n (m_0 - m), variance r^2n v_0 + v (1 - r^2n) / (1 - e / 2v).
 
     With r = 1 - e / v and e = 2 a (snr sigma)^2: the stationary variance v / (1 - e / 2v) is the only bias.
     """
@@ -299,3 +300,52 @@ def test_data_knot_is_the_end():
     x = quantiles(data, knots[0], 5)
     by_hand = solve(data.reverse(sde), x, DDIM(), grid=[*knots, DATA]).x
     assert torch.equal(by_hand, solve(data.reverse(sde), x, DDIM(), grid=knots, end="denoise").x)
+
+
+# --- one step code for both kinds of knots ------------------------------------------------------------------------------
+
+
+@every_sde
+@pytest.mark.parametrize("case", FIXED)
+def test_steps_with_one_time_per_sample(case, name):
+    """A step between (B, 1) knots is, row by row, the step between their float knots with the same noise."""
+    solver, sde, data = FIXED[case], make_sde(name), mixture((3,))
+    ladder = lambda_knots(sde, 6)
+    pairs = [(ladder[0], ladder[2]), (ladder[3], ladder[4]), (ladder[2], ladder[5])]
+    bound = solver.bind(ladder)
+    x = torch.linspace(-1.5, 1.4, 9, dtype=torch.float64).reshape(3, 3) * ladder[2].sigma
+    noise = torch.linspace(1.0, -2.0, 27, dtype=torch.float64).reshape(3, 3, 3)
+    t, s = (sde.knot(torch.tensor([p[i].t for p in pairs], dtype=torch.float64), ndim=2) for i in (0, 1))
+    rev = data.reverse(sde)
+    rows = bound.step(rev, x, t, s, (), Recorded([noise] * 8).bind(x)).x
+    if solver.batch_coupled:
+        assert torch.isfinite(rows).all()
+        return
+    for i, (a, b) in enumerate(pairs):
+        one = bound.step(rev, x[i : i + 1], a, b, (), Recorded([noise[i : i + 1]] * 8).bind(x[i : i + 1])).x
+        torch.testing.assert_close(rows[i : i + 1], one, rtol=1e-9, atol=1e-10 * (1.0 + float(one.abs().max())))
+
+
+# --- from the prior to the data -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case", ["euler_maruyama", "ancestral", "ddim/eta=0.5", "heun", "heun/churn", "adaptive", "pc/ald"]
+)
+@pytest.mark.parametrize("name", ["vp", "ve", "flow"])
+def test_samples_have_the_law_of_the_data(case, name):
+    """20 000 samples of a mixture, prior to t_min: the empirical distribution function within its 1e-9 band (Dvoretzky-
+    Kiefer-Wolfowitz, 0.023) plus 0.02 for 100 steps of a first-order method (its weak error on indicators, order h).
+    """
+    n, sde, data = 20_000, make_sde(name), mixture()
+    solver = CASES[case]
+    options = {} if solver.adaptive else {"steps": 100, "grid": "karras"}
+    x = sample(data.reverse(sde), (n,), solver, rng=8, end="stop", dtype=torch.float64, strict=True, **options).x
+    end = sde.knot(sde.t_min)
+    ordered = x.sort().values
+    std = (end.alpha**2 * data._variances[:, 0] + end.sigma**2).sqrt()
+    z = (ordered[:, None] - end.alpha * data._means[:, 0]) / std
+    exact = (data._log_weights.exp() * torch.special.ndtr(z)).sum(1)
+    empirical = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    band = math.sqrt(math.log(2e9) / (2 * n))
+    assert float((exact - empirical).abs().max()) < band + 0.02

@@ -58,7 +58,7 @@ def test_every_solver_is_in_the_cases():
     assert set(SOLVERS) <= set(CASES)
 
 
-# --- calls --------------------------------------------------------------------------------------------------------------
+# --- calls ----------------------------------------------------------------------------------------------------------
 
 
 @every_sde
@@ -92,7 +92,7 @@ def test_a_budget_is_used_and_kept(case, end):
 
 @pytest.mark.parametrize("case", FIXED)
 def test_calls_on_a_chain(case):
-    """Strided chains end in the posterior mean: n steps are n - 1 of the solver's and one call, where it has no time."""
+    """Strided chains end in the posterior mean: n steps are n - 1 of the solver's and the one that denoises."""
     solver = FIXED[case]
     chain = VPSDE().discretize(50)
     for steps in (2, 7, 50):
@@ -132,7 +132,7 @@ def test_guidance_counts_double():
     assert solve(rev, start(2, (), make_sde("vp")), DDIM(), steps=5).nfe.tolist() == [10, 10]
 
 
-# --- batches and seeds --------------------------------------------------------------------------------------------------
+# --- batches and seeds ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", FREE)
@@ -234,7 +234,7 @@ def test_float32_state(case, name):
     assert float((single.double() - double).abs().max()) < tolerance * (1.0 + float(double.abs().max()))
 
 
-# --- domain -------------------------------------------------------------------------------------------------------------
+# --- domain ---------------------------------------------------------------------------------------------------------
 
 
 @every_sde
@@ -273,7 +273,7 @@ def test_the_grid_is_what_is_walked(case):
     assert all(t in at for t in wanted)  # a subsequence
 
 
-# --- failures -----------------------------------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------------------------
 
 
 def breaks_below(sde: SDE, t_bad: float, rows: slice = slice(None)) -> ReverseSDE:
@@ -348,7 +348,7 @@ def test_a_good_run_says_so():
     assert out.ok and out.message == "" and out.status.tolist() == [0, 0] and out.stats["steps"] == 5
 
 
-# --- trajectory, callback, project --------------------------------------------------------------------------------------
+# --- trajectory, callback, project ----------------------------------------------------------------------------------
 
 
 @every_case
@@ -447,7 +447,7 @@ def test_differentiable():
         assert float(gradient[1].abs().max()) == 0.0
 
 
-# --- sample -------------------------------------------------------------------------------------------------------------
+# --- sample ---------------------------------------------------------------------------------------------------------
 
 
 @every_sde
@@ -475,7 +475,7 @@ def test_per_sample_seeds_from_the_prior_on(case):
     assert torch.equal(part, whole[[2, 0]])
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------------------------
 
 
 def test_upward_with_noise_is_refused():
@@ -547,7 +547,7 @@ def test_network_output_of_the_wrong_shape():
     """A score function that returns another shape is named, not broadcast."""
     sde = make_sde("vp")
     for wrong in (lambda x, t: x[:, :1], lambda x, t: x.sum(), lambda x, t: torch.cat([x, x], 1), lambda x, t: None):
-        with pytest.raises((ValueError, TypeError), match="shape|tensor"):
+        with pytest.raises((ValueError, TypeError), match=r"shape|tensor"):
             solve(sde.reverse(noise=wrong), torch.ones(3, 2), DDIM(), steps=2)
 
 
@@ -611,7 +611,7 @@ def test_data_as_start_of_a_grid_is_refused():
         (mixture().reverse(make_sde("vp")), (DATA, make_sde("vp").knot(0.5))),
     ):
         spy = Spy(rev)
-        with pytest.raises(ValueError, match="noise-free|data"):
+        with pytest.raises(ValueError, match=r"noise-free|data"):
             solve(spy, torch.zeros(2, dtype=torch.float64), DDIM(), grid=grid)
         assert not spy.log
 

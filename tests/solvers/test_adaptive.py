@@ -1,0 +1,360 @@
+"""Per-sample step control, and the libraries' solvers beside ours."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from oracles import (
+    SDE_NAMES,
+    Spy,
+    flow_map,
+    gaussian,
+    gaussian_weak_error,
+    lambda_knots,
+    make_sde,
+    mixture,
+    mp_free_moments,
+    quantiles,
+)
+from torch import Tensor
+
+from sde_lib import VPSDE, GaussianMixture, Knot, ReverseSDE
+from solvers import (
+    DDIM,
+    TABLEAUX,
+    AdaptiveRungeKutta,
+    EulerMaruyama,
+    Heun,
+    Midpoint,
+    RungeKutta,
+    SciPyODE,
+    SolverError,
+    Status,
+    TorchDiffEq,
+    TorchSDE,
+    solve,
+)
+
+every_sde = pytest.mark.parametrize("name", SDE_NAMES)
+EMBEDDED = [k for k, v in TABLEAUX.items() if v.error is not None]
+
+
+def flow_errors(solver: Any, name: str = "vp", **options: Any) -> tuple[Tensor, Any]:
+    """|x - exact flow map| of the mixture between lambda -2 and 2.5, and the solution."""
+    sde, data = make_sde(name), mixture()
+    knots = lambda_knots(sde, 1)
+    x = quantiles(data, knots[0], 41)
+    out = solve(data.reverse(sde), x, solver, grid=knots, **options)
+    return (out.x - flow_map(data, x, knots[0], knots[1])).abs(), out
+
+
+def allowed(data: GaussianMixture, x: Tensor, ladder: Sequence[Knot], tol: float, steps: Tensor) -> Tensor:
+    """What local errors of tol (1 + |y|) a step may grow to, per sample.
+
+    y = x / r with r^2 = alpha^2 + sigma^2; an error made at a knot reaches the end stretched by dx_s / dx_u, which for
+    a flow that keeps quantiles is the ratio of densities p_u(x_u) / p_s(x_s). Twice: the estimate is of lower order.
+    """
+    end = flow_map(data, x, ladder[0], ladder[-1])
+    worst = torch.zeros_like(x)
+    for knot in ladder:
+        at = flow_map(data, x, ladder[0], knot)
+        stretch = torch.exp(data.log_prob(at, knot) - data.log_prob(end, ladder[-1]))
+        worst = torch.maximum(worst, (math.hypot(knot.alpha, knot.sigma) + at.abs()) * stretch)
+    return 2.0 * tol * steps * worst
+
+
+def check_within(error: Tensor, bound: Tensor) -> None:
+    """Nine samples of ten within the bound, all within ten times: an estimate may pass through zero on a long step."""
+    ratio = error / bound
+    assert float((ratio < 1.0).double().mean()) >= 0.9 and float(ratio.max()) < 10.0, ratio
+
+
+# --- tableaux -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLEAUX)
+def test_order_conditions(name):
+    """Butcher's conditions up to the declared order (all 17 of order 5), of the method and of its embedded partner."""
+    tableau = TABLEAUX[name]
+    s = tableau.stages
+    a = torch.zeros(s, s, dtype=torch.float64)
+    for i, row in enumerate(tableau.a, 1):
+        a[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+    b, c = (torch.tensor(v, dtype=torch.float64) for v in (tableau.b, tableau.c))
+    torch.testing.assert_close(a.sum(1), c, rtol=1e-14, atol=1e-14)
+    ac, ac2, aac = a @ c, a @ c**2, a @ (a @ c)
+    conditions = {
+        1: [(torch.ones(s).double(), 1)],
+        2: [(c, 2)],
+        3: [(c**2, 3), (ac, 6)],
+        4: [(c**3, 4), (c * ac, 8), (ac2, 12), (aac, 24)],
+        5: [
+            (c**4, 5),
+            (c**2 * ac, 10),
+            (ac**2, 20),
+            (c * ac2, 15),
+            (a @ c**3, 20),
+            (c * aac, 30),
+            (a @ (c * ac), 40),
+            (a @ ac2, 60),
+            (a @ aac, 120),
+        ],
+    }
+    for order in range(1, tableau.order + 1):
+        for vector, inverse in conditions[order]:
+            assert float(b @ vector) == pytest.approx(1.0 / inverse, rel=1e-13)
+    if tableau.error is not None:
+        embedded = b - torch.tensor(tableau.error, dtype=torch.float64)
+        for order in range(1, tableau.order):
+            for vector, inverse in conditions[order]:
+                assert float(embedded @ vector) == pytest.approx(1.0 / inverse, rel=1e-12)
+        # and it is a different method, so that the difference measures something
+        assert any(abs(float(embedded @ v) - 1.0 / i) > 1e-5 for v, i in conditions[tableau.order])
+
+
+# --- error control --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tableau", EMBEDDED)
+def test_error_is_proportional_to_the_tolerance(tableau):
+    """Every sample within what its accepted steps allow, and falling with the tolerance at the expected slope."""
+    tolerances = [1e-3, 1e-4, 1e-5, 1e-6] if tableau in ("heun", "midpoint") else [1e-4, 1e-6, 1e-8, 1e-10]
+    worst = []
+    data, ladder = mixture(), lambda_knots(make_sde("vp"), 40)
+    x = quantiles(data, ladder[0], 41)
+    for tol in tolerances:
+        error, out = flow_errors(AdaptiveRungeKutta(tableau=tableau, rtol=tol, atol=tol))
+        assert out.ok
+        worst.append(float(error.max()))
+        check_within(error, allowed(data, x, ladder, tol, out.stats["accepted"]))
+    slope = math.log(worst[0] / worst[-1]) / math.log(tolerances[0] / tolerances[-1])
+    # error per step control: the global error goes like tol^(p / (p + 1))
+    p = TABLEAUX[tableau].order - 1
+    assert slope > p / (p + 1) - 0.15
+
+
+@every_sde
+def test_adaptive_on_every_sde(name):
+    """From t_max (alpha = 0 included) to t_min against the exact quantile map, at a tolerance with short steps."""
+    sde, data = make_sde(name), mixture()
+    knots = [sde.knot(sde.t_max), sde.knot(sde.t_min)]
+    x = quantiles(data, knots[0], 21)
+    out = solve(data.reverse(sde), x, AdaptiveRungeKutta(rtol=1e-8, atol=1e-8), strict=True)
+    error = (out.x - flow_map(data, x, *knots)).abs()
+    ladder = [knots[0], *lambda_knots(sde, 60, low=-8.0, high=8.0), knots[1]]
+    check_within(error, allowed(data, x, ladder, 1e-8, out.stats["accepted"]))
+
+
+def test_each_sample_has_its_own_steps():
+    """Calls, accepted and rejected steps are per sample, and differ; calls = 1 + 6 tries for Dormand-Prince."""
+    _, out = flow_errors(AdaptiveRungeKutta(rtol=1e-7, atol=1e-7))
+    tries = out.stats["accepted"] + out.stats["rejected"]
+    assert torch.equal(out.nfe, 1 + 6 * tries) and len(set(out.nfe.tolist())) > 1
+
+
+def test_finished_rows_leave_the_batch():
+    """Rows shrink as samples finish, and rows in calls add up to the reported calls."""
+    sde, data = make_sde("vp"), mixture()
+    knots = lambda_knots(sde, 1)
+    spy = Spy(data.reverse(sde))
+    out = solve(spy, quantiles(data, knots[0], 41), AdaptiveRungeKutta(rtol=1e-8, atol=1e-8), grid=knots)
+    rows = [n for _, n in spy.log]
+    assert sum(rows) == int(out.nfe.sum()) and rows[0] == 41 and rows[-1] < 41
+    assert all(a >= b for a, b in itertools.pairwise(rows))
+
+
+def test_reporting_grid():
+    """States at the grid's knots are on the exact trajectory; one more call restarts at each."""
+    sde, data = make_sde("vp"), mixture()
+    knots = lambda_knots(sde, 4)
+    x = quantiles(data, knots[0], 11)
+    out = solve(data.reverse(sde), x, AdaptiveRungeKutta(rtol=1e-9, atol=1e-9), grid=knots, trajectory=True)
+    for state, knot in zip(out.trajectory, knots, strict=True):
+        torch.testing.assert_close(state, flow_map(data, x, knots[0], knot), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("coordinate", ["time", "noise_ratio", "half_log_snr", "angle"])
+def test_coordinates_agree_in_the_limit(coordinate):
+    """Four coordinates, one solution; upward too."""
+    error, _ = flow_errors(AdaptiveRungeKutta(rtol=1e-10, atol=1e-10, coordinate=coordinate))
+    assert float(error.max()) < 1e-7
+    sde, data = make_sde("vp"), mixture()
+    knots = lambda_knots(sde, 1)[::-1]
+    x = quantiles(data, knots[0], 11)
+    out = solve(data.reverse(sde), x, AdaptiveRungeKutta(rtol=1e-10, atol=1e-10, coordinate=coordinate), grid=knots)
+    torch.testing.assert_close(out.x, flow_map(data, x, *knots), rtol=0, atol=1e-6)
+
+
+def test_giving_up():
+    """max_steps and a jump in the model: a status per sample, where it stopped, and the finished rows unharmed."""
+    with pytest.warns(RuntimeWarning, match="MAX_STEPS"):
+        _, out = flow_errors(AdaptiveRungeKutta(rtol=1e-9, atol=1e-9, max_steps=3))
+    assert bool((out.status == Status.MAX_STEPS).all()) and "t = " in out.message
+    sde, data = make_sde("vp"), mixture()
+
+    def network(x: Tensor, knot: Knot) -> Tensor:
+        raw = data.reverse(sde).network(x, knot)
+        # not Lipschitz: no step is small enough once x is positive
+        return torch.where(x > 0, raw + 1e6 * torch.sign(torch.sin(1e15 * x)), raw)
+
+    rev = ReverseSDE(sde, network, data.reverse(sde).parameterization)
+    x = torch.tensor([-2.0, 2.0], dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="sample 1"):
+        out = solve(rev, x, AdaptiveRungeKutta(max_steps=500), grid=lambda_knots(sde, 1))
+    assert int(out.status[0]) == Status.OK and int(out.status[1]) in (Status.MAX_STEPS, Status.STEP_TOO_SMALL)
+    with pytest.raises(SolverError, match="sample 1"):
+        solve(rev, x, AdaptiveRungeKutta(max_steps=500), grid=lambda_knots(sde, 1), strict=True)
+
+
+def test_mixture_in_sixteen_dimensions(golden):
+    """The accuracy problem in R^16: 512 samples from t = 1 to 1e-3 against a dopri5 reference good to 2e-9 rms."""
+    import numpy as np
+
+    with np.load(golden / "mixture16.npz") as file:
+        g = {k: torch.from_numpy(np.asarray(file[k])) for k in file.files}
+    sde = VPSDE(float(g["beta_min"]), float(g["beta_max"]), t_min=float(g["t_end"]))
+    data = GaussianMixture(g["means"], std=g["stds"], weights=g["log_weights"].exp())
+    rev, scale = data.reverse(sde), sde.alpha(sde.t_min)
+
+    def rms(x: Tensor) -> Tensor:
+        return ((x - g["x_end"]) / scale).square().mean(1).sqrt()
+
+    out = solve(rev, g["x_T"], AdaptiveRungeKutta(rtol=1e-9, atol=1e-9), strict=True)
+    assert float(rms(out.x).median()) < 1e-7
+    # fixed steps converge to the same end, median over samples (a few trajectories sit on basin boundaries)
+    medians = [
+        float(rms(solve(rev, g["x_T"], Heun(), steps=n, grid="uniform_half_log_snr").x).median()) for n in (40, 80, 160)
+    ]
+    assert 1.7 < math.log2(medians[1] / medians[2]) < 2.5 and medians[2] < medians[1] < medians[0]
+
+
+# --- libraries ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coordinate", ["time", "noise_ratio", "half_log_snr", "angle"])
+@pytest.mark.parametrize(
+    ("method", "ours"), [("euler", "euler"), ("midpoint", "midpoint"), ("heun2", "heun")], ids=lambda v: str(v)
+)
+def test_torchdiffeq_fixed_steps_are_ours(method, ours, coordinate):
+    """The same tableau on the same grid in the same coordinate: equal to rounding, step by step."""
+    sde, data = make_sde("vp"), mixture()
+    knots = lambda_knots(sde, 6)
+    x = quantiles(data, knots[0], 9)
+    rev = data.reverse(sde)
+    theirs = solve(rev, x, TorchDiffEq(method=method, coordinate=coordinate), grid=knots, trajectory=True)
+    mine = solve(rev, x, RungeKutta(tableau=ours, coordinate=coordinate), grid=knots, trajectory=True)
+    torch.testing.assert_close(theirs.trajectory, mine.trajectory, rtol=1e-9, atol=1e-10)
+    assert torch.equal(theirs.nfe, mine.nfe)
+
+
+@every_sde
+@pytest.mark.parametrize("cls", [TorchDiffEq, SciPyODE])
+def test_ode_wrappers_agree_in_the_limit(cls, name):
+    """Tight tolerances: the exact flow map, and so ours; never outside [t_min, t_max], counted calls."""
+    solver = cls(rtol=1e-9, atol=1e-9, coordinate="angle")
+    error, out = flow_errors(solver, name)
+    assert float(error.max()) < 1e-6
+    sde, data = make_sde(name), mixture()
+    spy = Spy(data.reverse(sde))
+    x = quantiles(data, sde.knot(sde.t_max), 5)
+    out = solve(spy, x, cls(rtol=1e-4, atol=1e-4, coordinate="angle"), steps=1, end="denoise")
+    assert out.nfe.tolist() == [len(spy.log)] * 5
+    assert min(spy.times) >= sde.t_min and max(spy.times) <= sde.t_max
+
+
+@pytest.mark.parametrize("method", ["dopri8", "bosh3", "adaptive_heun", "fehlberg2", "rk4", "heun3"])
+def test_torchdiffeq_methods(method):
+    """Every method of the docstring runs and converges on the mixture."""
+    sde, data = make_sde("vp"), mixture()
+    knots = lambda_knots(sde, 60)
+    x = quantiles(data, knots[0], 9)
+    out = solve(data.reverse(sde), x, TorchDiffEq(method=method, rtol=1e-6, atol=1e-6, coordinate="angle"), grid=knots)
+    torch.testing.assert_close(out.x, flow_map(data, x, knots[0], knots[-1]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["RK23", "DOP853", "LSODA", "Radau", "BDF"])
+def test_scipy_methods(method):
+    """Every method of the docstring runs and converges on the mixture."""
+    error, _ = flow_errors(SciPyODE(method=method, rtol=1e-7, atol=1e-7, coordinate="angle"))
+    assert float(error.max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("cls", "method"),
+    [(TorchDiffEq, "dopri"), (SciPyODE, "rk45"), (TorchSDE, "eulr")],
+    ids=["torchdiffeq", "scipy", "torchsde"],
+)
+def test_unknown_methods(cls, method):
+    """A misspelt method is named in the error."""
+    sde = make_sde("vp")
+    with pytest.raises(ValueError, match=method):
+        solve(mixture().reverse(sde), torch.ones(2).double(), cls(method=method), steps=2)
+
+
+@pytest.mark.parametrize("method", ["euler", "milstein", "srk", "midpoint", "heun", "euler_heun"])
+def test_torchsde_samples_the_reverse_sde(method):
+    """Mean and variance of 20 000 paths on Gaussian data: exact values within 5 standard errors plus the weak error of
+    Euler-Maruyama on the same grid (torchsde's other methods have less)."""
+    sde, data, n, steps = make_sde("vp"), gaussian(), 20_000, 64
+    top, end = sde.knot(0.9), sde.knot(0.1)
+    grid = torch.linspace(top.t, end.t, steps + 1, dtype=torch.float64)
+    (m_t, v_t), (m_s, v_s) = mp_free_moments(data, top), mp_free_moments(data, end)
+    generator = torch.Generator().manual_seed(0)
+    x = m_t + math.sqrt(v_t) * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    spy = Spy(gaussian((1,)).reverse(sde))
+    out = solve(spy, x, TorchSDE(method=method), grid=grid, rng=1)
+    knots = [sde.knot(float(t)) for t in grid]
+    bias = gaussian_weak_error(sde, data, EulerMaruyama(), knots)
+    assert abs(float(out.x.mean()) - m_s) < 5 * math.sqrt(v_s / n) + 2 * abs(bias[0])
+    assert abs(float(out.x.var()) - v_s) < 5 * v_s * math.sqrt(2 / n) + 2 * abs(bias[1])
+    assert int(out.nfe[0]) == len(spy.log)
+    if method == "euler":
+        # the same method: its bias too, within the standard errors; and one call a step
+        assert len(spy.log) == steps
+        assert abs(float(out.x.mean()) - m_s - bias[0]) < 5 * math.sqrt(v_s / n)
+        assert abs(float(out.x.var()) - v_s - bias[1]) < 5 * v_s * math.sqrt(2 / n)
+
+
+def test_torchsde_needs_equal_steps():
+    """Unequal grids are refused with the grid that works."""
+    sde = make_sde("vp")
+    with pytest.raises(ValueError, match="uniform_time"):
+        solve(mixture().reverse(sde), torch.ones(2).double(), TorchSDE(), steps=5, grid="karras")
+
+
+def test_wrappers_on_images():
+    """(B, C, H, W) states through every library, equal to ours in the limit."""
+    sde, data = make_sde("vp"), mixture((2, 2, 2))
+    knots = lambda_knots(sde, 1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 2, 2, generator=generator, dtype=torch.float64)
+    rev = data.reverse(sde)
+    want = solve(rev, x, AdaptiveRungeKutta(rtol=1e-10, atol=1e-10), grid=knots).x
+    for solver in (TorchDiffEq(rtol=1e-9, atol=1e-9), SciPyODE(rtol=1e-9, atol=1e-9)):
+        torch.testing.assert_close(solve(rev, x, solver, grid=knots).x, want, rtol=0, atol=1e-6)
+    grid = torch.linspace(knots[0].t, knots[1].t, 5, dtype=torch.float64)
+    assert solve(rev, x, TorchSDE(), grid=grid, rng=0).x.shape == x.shape
+
+
+def test_declared_calls_of_solvers_with_steps_of_their_own():
+    """They cannot promise a number of calls, and say where to read it."""
+    for solver in (AdaptiveRungeKutta(), TorchDiffEq(), SciPyODE(), TorchSDE()):
+        with pytest.raises(ValueError, match=r"Solution\.nfe"):
+            solver.nfe(3)
+        with pytest.raises(ValueError):
+            solver.steps_for(30)
+
+
+def test_fixed_solvers_tend_to_the_adaptive_one():
+    """DDIM, Heun and midpoint with 2000 steps against the adaptive solution of the same start."""
+    sde, data = make_sde("cosine"), mixture()
+    knots = lambda_knots(sde, 2000)
+    x = quantiles(data, knots[0], 9)
+    want = solve(data.reverse(sde), x, AdaptiveRungeKutta(rtol=1e-9, atol=1e-9), grid=[knots[0], knots[-1]]).x
+    for solver, tolerance in ((DDIM(), 5e-3), (Heun(), 1e-6), (Midpoint(), 1e-6)):
+        torch.testing.assert_close(solve(data.reverse(sde), x, solver, grid=knots).x, want, rtol=0, atol=tolerance)

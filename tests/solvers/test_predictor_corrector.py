@@ -1,0 +1,222 @@
+"""Predictors with correctors: every combination on every SDE, both orders, and what Langevin dynamics leaves behind."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from oracles import SDE_NAMES, Spy, gaussian, lambda_knots, make_sde, mixture, mp_free_moments, quantiles
+
+from sde_lib import VPSDE
+from solvers import (
+    CORRECTORS,
+    DDIM,
+    AdaptiveRungeKutta,
+    AnnealedLangevin,
+    Heun,
+    Langevin,
+    PredictorCorrector,
+    Recorded,
+    as_draw,
+    sample,
+    solve,
+)
+from solvers.predictor_corrector import PREDICTORS
+
+every_sde = pytest.mark.parametrize("name", SDE_NAMES)
+PAIRS = [p for p in itertools.product([*PREDICTORS, None], [*CORRECTORS, None]) if p != (None, None)]
+
+
+@every_sde
+@pytest.mark.parametrize("first", [False, True], ids=["predictor first", "corrector first"])
+@pytest.mark.parametrize(("predictor", "corrector"), PAIRS)
+def test_every_combination_on_every_sde(predictor, corrector, first, name):
+    """Finite, with the declared calls, from the prior to the posterior mean; on a chain too, if no drift is needed."""
+    sde = make_sde(name)
+    solver = PredictorCorrector(predictor, corrector, corrector_first=first)
+    spy = Spy(mixture((2,)).reverse(sde))
+    out = sample(spy, (3, 2), solver, steps=8, grid="karras", rng=0, dtype=torch.float64, strict=True)
+    assert len(spy.log) == solver.nfe(8, "denoise") == int(out.nfe[0]) and torch.isfinite(out.x).all()
+    if not solver.needs_drift:
+        chain = sde.discretize(40)
+        out = sample(mixture((2,)).reverse(chain), (3, 2), solver, steps=8, rng=0, dtype=torch.float64, strict=True)
+        assert torch.isfinite(out.x).all()
+
+
+def test_order_of_calls():
+    """Predictor first: predict at t, correct at s (Song et al. 2021, Algorithm 1); corrector first: both at t."""
+    sde = make_sde("vp")
+    a, b, c = lambda_knots(sde, 2)
+    x = quantiles(mixture(), a, 3)
+    corrector = AnnealedLangevin(steps=2)
+    for first, want in ((False, [a, b, b, b, c, c]), (True, [a, a, a, b, b, b])):
+        spy = Spy(mixture().reverse(sde))
+        solve(spy, x, PredictorCorrector("ddim", corrector, corrector_first=first), grid=[a, b, c], rng=0)
+        assert [k for k, _ in spy.log] == want
+
+
+@pytest.mark.parametrize("norm", ["sample", "batch"])
+def test_langevin_step_size(norm):
+    """x + e score + sqrt(2e) z, e = 2 a (r |z| / |score|)^2, norms per sample or, as published, their batch means."""
+    sde = make_sde("vp")
+    t, s = lambda_knots(sde, 5)[2:4]
+    generator = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(4, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    rev = mixture((2, 3)).reverse(sde)
+    solver = PredictorCorrector(None, Langevin(snr=0.2, norm=norm))
+    got = solve(rev, x, solver, grid=[t, s], rng=Recorded([z])).x
+    score = rev(x, s).score
+    norms = [v.flatten(1).norm(dim=1) for v in (z, score)]
+    if norm == "batch":
+        norms = [v.mean().expand(4) for v in norms]
+    e = (2.0 * (t.alpha / s.alpha) ** 2 * (0.2 * norms[0] / norms[1]) ** 2)[:, None, None]
+    torch.testing.assert_close(got, x + e * score + (2.0 * e).sqrt() * z, rtol=1e-12, atol=1e-12)
+
+
+def test_the_published_rule_couples_the_batch_and_says_so():
+    """norm="batch" is flagged, and does depend on mates; the default is not and does not (tested bitwise elsewhere)."""
+    coupled = PredictorCorrector(corrector=Langevin(norm="batch"))
+    assert coupled.batch_coupled and not PredictorCorrector().batch_coupled
+    sde = make_sde("vp")
+    knots = lambda_knots(sde, 3)
+    x = quantiles(mixture(), knots[0], 4)[:, None].expand(4, 2).contiguous()
+    rev = mixture((2,)).reverse(sde)
+    whole = solve(rev, x, coupled, grid=knots, rng=[1, 2, 3, 4]).x
+    assert not torch.allclose(solve(rev, x[:1], coupled, grid=knots, rng=[1]).x, whole[:1])
+
+
+def test_shrink_is_one_minus_beta_on_the_ddpm_chain():
+    """a = (alpha_t / alpha_s)^2 of the step is the published 1 - beta_i between neighbouring levels, and 1 on VE."""
+    for law, want in ((VPSDE().discretize(50), None), (make_sde("ve").discretize(50), 1.0)):
+        seen = []
+
+        class Probe(Langevin):
+            def size(self, score, z, at, shrink, seen=seen):
+                seen.append(shrink)
+                return super().size(score, z, at, shrink)
+
+        solve(mixture().reverse(law), torch.ones(2).double(), PredictorCorrector("ddim", Probe()), rng=0)
+        betas = law.betas.flip(0)[: len(seen)]
+        expected = 1.0 - betas if want is None else torch.ones_like(betas)
+        torch.testing.assert_close(torch.tensor(seen, dtype=torch.float64), expected, rtol=1e-11, atol=0)
+
+
+@every_sde
+def test_langevin_settles_where_its_step_size_says(name):
+    """On N(m, v I) in many dimensions the stationary variance V solves V = v / (1 - e / 2v), e = 2 a r^2 v^2 / V.
+
+    The score's squared norm is d V / v^2 there and the noise's is d. Seen in one image of d = 40 000 independent
+    elements after enough moves to forget the start; the standard error of a variance is V sqrt(2 / d).
+    """
+    sde, d, snr = make_sde(name), 40_000, 0.3
+    t, s = lambda_knots(sde, 6)[2:4]
+    m, v = mp_free_moments(gaussian(), s)
+    a = (t.alpha / s.alpha) ** 2
+    # V (1 - e / 2v) = v with e = 2 a snr^2 v^2 / V gives V = v + a snr^2 v
+    variance = v * (1.0 + a * snr**2)
+    e = 2.0 * a * snr**2 * v * v / variance
+    moves = math.ceil(math.log(1e4) / -math.log(abs(1.0 - e / v)))
+    z = torch.randn(1, d, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    x = m + 1.3 * math.sqrt(v) * z
+    solver = PredictorCorrector(None, Langevin(snr=snr, steps=moves))
+    out = solve(gaussian((d,)).reverse(sde), x, solver, grid=[t, s], rng=0).x
+    assert abs(float(out.mean()) - m) < 5.0 * math.sqrt(variance / d)
+    # |z|^2 fluctuates by sqrt(2 / d) from move to move as well
+    assert abs(float((out - m).square().mean()) / variance - 1.0) < 10.0 * math.sqrt(2.0 / d)
+
+
+def test_langevin_at_a_mode():
+    """A row whose score is exactly zero stays finite: the ratio |z| / |score| must not become inf or NaN."""
+    sde = make_sde("flow")
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    rev = sde.reverse(score=lambda x, t: -x)
+    for knots in ([sde.knot(0.8), sde.knot(0.6)], [sde.knot(0.6), sde.knot(0.4)]):
+        for first in (False, True):
+            solver = PredictorCorrector("ddim", "langevin", corrector_first=first)
+            assert torch.isfinite(solve(rev, x, solver, grid=knots, rng=0).x).all()
+
+
+def test_corrector_only_ends_clean():
+    """No predictor: the state is carried over; end="denoise" is the posterior mean (published: the noisy state)."""
+    sde, data = make_sde("ve"), mixture()
+    knots = lambda_knots(sde, 4)
+    x = quantiles(data, knots[0], 5)
+    solver = PredictorCorrector(None, AnnealedLangevin(steps=2))
+    stop = solve(data.reverse(sde), x, solver, grid=knots, rng=0)
+    clean = solve(data.reverse(sde), x, solver, grid=knots, rng=0, end="denoise")
+    torch.testing.assert_close(clean.x, data.reverse(sde)(stop.x, knots[-1]).data)
+    assert solver.nfe(4, "denoise") == 9 == int(clean.nfe[0])
+
+
+def test_correction_improves_a_coarse_predictor():
+    """Ten Euler-Maruyama steps of VP leave a variance error; annealed Langevin moves reduce it (exact, by impulses)."""
+    from oracles import gaussian_weak_error
+
+    sde = make_sde("vp")
+    knots = lambda_knots(sde, 10)
+    alone = abs(gaussian_weak_error(sde, gaussian(), PredictorCorrector("euler_maruyama", None), knots)[1])
+    moves = AnnealedLangevin(snr=0.3, steps=20)
+    pair = abs(gaussian_weak_error(sde, gaussian(), PredictorCorrector("euler_maruyama", moves), knots)[1])
+    assert pair < 0.5 * alone
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_churned_predictor_churns(first):
+    """Any fixed-step solver predicts, Heun with churn too: alone in a pair it is itself."""
+    sde, data = make_sde("vp"), mixture()
+    knots = lambda_knots(sde, 5)
+    x = quantiles(data, knots[0], 5)
+    alone = solve(data.reverse(sde), x, Heun(s_churn=2.0), grid=knots, rng=3).x
+    paired = solve(data.reverse(sde), x, PredictorCorrector(Heun(s_churn=2.0), None, first), grid=knots, rng=3).x
+    torch.testing.assert_close(paired, alone, rtol=1e-13, atol=1e-13)
+
+
+def test_predictors_without_a_corrector_are_themselves():
+    """A pair without corrector has the order, calls and result of its predictor."""
+    sde, data = make_sde("vp"), mixture()
+    knots = lambda_knots(sde, 5)
+    x = quantiles(data, knots[0], 5)
+    for name, cls in PREDICTORS.items():
+        pair = PredictorCorrector(name, None)
+        assert (pair.order, pair.stochastic, pair.needs_drift) == (cls().order, cls().stochastic, cls().needs_drift)
+        assert torch.equal(
+            solve(data.reverse(sde), x, pair, grid=knots, rng=1).x,
+            solve(data.reverse(sde), x, cls(), grid=knots, rng=1).x,
+        )
+    assert PredictorCorrector("ddim", "langevin").order == 0
+
+
+def test_corrector_noise_is_its_own():
+    """Per-sample seeds: two moves at one knot, the step into it and the same move at another knot share no noise."""
+    sde = make_sde("vp")
+    a, b, c = lambda_knots(sde, 2)
+    draw = as_draw([1], torch.zeros(1, 4096, dtype=torch.float64))
+    rows = [draw(a, b), draw(b, c)]
+    rows += [draw.normal("corrector", k.half_log_snr, i) for k in (b, c) for i in range(2)]
+    correlations = torch.corrcoef(torch.cat(rows)) - torch.eye(len(rows), dtype=torch.float64)
+    assert float(correlations.abs().max()) < 5.0 / math.sqrt(4096)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, "0.16"])
+def test_bad_snr(bad):
+    """snr must be a finite number > 0."""
+    for cls in CORRECTORS.values():
+        with pytest.raises(ValueError, match="snr"):
+            cls(snr=bad)
+
+
+def test_bad_pairs():
+    """Moves, norms, and predictors that are not fixed-step solvers."""
+    for steps in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="steps"):
+            Langevin(steps=steps)
+    with pytest.raises(ValueError, match="norm"):
+        Langevin(norm="row")
+    for predictor in (AdaptiveRungeKutta(), DDIM, 3):
+        with pytest.raises(TypeError, match="predictor"):
+            PredictorCorrector(predictor=predictor)
+    for corrector in (Langevin, 3, DDIM()):
+        with pytest.raises(TypeError, match="corrector"):
+            PredictorCorrector(corrector=corrector)
