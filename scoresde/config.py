@@ -69,7 +69,7 @@ def defaults() -> ml_collections.ConfigDict:
     c.training = t = ml_collections.ConfigDict()
     t.batch_size = 128  # samples per optimizer step, over all devices and accumulated parts
     t.steps = 10_000
-    t.max_seconds = config_dict.placeholder(float)  # wall-time budget; such runs are not bitwise reproducible
+    t.max_seconds = 0.0  # wall-time budget instead of `steps`, not bitwise reproducible; 0: none
     t.weighting = "uniform"
     t.times = "uniform"
     t.reduce = "mean"

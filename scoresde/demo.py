@@ -207,7 +207,7 @@ def _grid(plt: Any, path: Path, rows: dict[str, Tensor], high: int) -> None:
         for axis in line:
             axis.set_axis_off()
         for axis, image in zip(line, images, strict=False):
-            picture = image.permute(1, 2, 0).squeeze(-1)
+            picture = image.permute(1, 2, 0).squeeze(-1).numpy()
             axis.imshow(picture, cmap="gray" if picture.ndim == 2 else None, vmin=0, vmax=high)
         line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
     left = 1.5 / (0.55 * columns + 1.6)

@@ -159,8 +159,8 @@ def check(config: ConfigDict) -> None:
             raise ConfigError(f"training.{name} must be >= 0, got {t[name]}.")
     if t.learning_rate <= 0.0:
         raise ConfigError(f"training.learning_rate must be > 0, got {t.learning_rate}.")
-    if t.max_seconds is not None and t.max_seconds <= 0.0:
-        raise ConfigError(f"training.max_seconds must be > 0 or unset, got {t.max_seconds}.")
+    if t.max_seconds < 0.0:
+        raise ConfigError(f"training.max_seconds must be > 0, or 0 for no budget, got {t.max_seconds}.")
     if not 0.0 <= t.class_dropout <= 1.0:
         raise ConfigError(f"training.class_dropout must be in [0, 1], got {t.class_dropout}.")
     if config.sde.chain is not None and t.times != "uniform":
@@ -310,7 +310,7 @@ class _Run:
     # --- the loop -----------------------------------------------------------------------------------------------------
     def run(self, progress: bool | None) -> TrainingResult:
         t = self.section
-        by_clock = t.max_seconds is not None
+        by_clock = t.max_seconds > 0
         disable = True if not self.main else None if progress is None else not progress
         bar = tqdm(
             total=round(t.max_seconds) if by_clock else t.steps,
@@ -350,7 +350,7 @@ class _Run:
     def _fraction(self) -> float:
         """How much of the run is done: the larger of steps and wall time, the same on every process."""
         fraction = self.step / self.section.steps
-        if self.section.max_seconds is None:
+        if self.section.max_seconds == 0:
             return fraction
         clock = torch.tensor([self.seconds / self.section.max_seconds], dtype=torch.float64)
         if self.accelerator.num_processes > 1:

@@ -468,7 +468,7 @@ def test_conditioning_three_times_at_once(name):
     MultivariateNormal(torch.zeros(3, dtype=torch.float64), cov)  # positive definite
 
 
-# --- unusual parameters -------------------------------------------------------------------------------------------------
+# --- unusual parameters ---------------------------------------------------------------------------------------------
 
 UNUSUAL = {
     "vp, constant beta": lambda: SDES["vp"](1.0, 1.0, t_max=3.0),
