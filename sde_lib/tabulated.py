@@ -45,6 +45,9 @@ class TabulatedSDE(SDE):
         object.__setattr__(self, "_lams", lams)
         object.__setattr__(self, "_slopes", _pchip_slopes(lams, 1.0 / n))
 
+    def __repr__(self) -> str:
+        return f"TabulatedSDE(n={len(self._times)}, half_log_snr={self._lams[0]:.3g}…{self._lams[-1]:.3g})"
+
     @property
     def t_min(self) -> float:  # type: ignore[override]
         return self._times[0]

@@ -288,6 +288,8 @@ class Heun(RungeKutta):
         return bound
 
     def _churned(self, x: Tensor, t: Knot, draw: Draw) -> tuple[Tensor, Knot]:
+        if t.per_sample:
+            raise ValueError("Churn takes one time for the whole batch; per-sample knots need s_churn=0.")
         u = math.exp(-t.half_log_snr)
         gamma = min(self.s_churn / self._steps, math.sqrt(2.0) - 1.0) if self.s_min <= u <= self.s_max else 0.0
         raised = min((1.0 + gamma) * u, math.exp(-t.law.knot(t.law.t_max).half_log_snr))  # type: ignore[union-attr]

@@ -127,6 +127,28 @@ def test_langevin_settles_where_its_step_size_says(name):
     assert abs(float((out - m).square().mean()) / variance - 1.0) < 10.0 * math.sqrt(2.0 / d)
 
 
+@pytest.mark.parametrize("d", [2, 16, 64])
+@pytest.mark.parametrize("norm", ["sample", "batch"])
+def test_langevin_bias_of_the_step_rule(norm, d):
+    """As r -> 0 a corrector should leave p_t alone. Exact start, 400 moves of r = 0.1 on 4000 Gaussian samples.
+
+    Norms averaged over the batch give one step size for all, whose bias is that of Langevin dynamics, e / 2v = a r^2.
+    A size that depends on the state, c(x) = 1 / |score|^2, makes p_t / c its stationary law: variance v (1 + 2 / d). That
+    is the price of samples that do not see each other, and it must stay at that.
+    """
+    sde, n, r = make_sde("vp"), 4000, 0.1
+    t, s = lambda_knots(sde, 8)[3:5]
+    m, v = mp_free_moments(gaussian(), s)
+    x = m + math.sqrt(v) * torch.randn(n, d, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    solver = PredictorCorrector(None, Langevin(snr=r, steps=400, norm=norm))
+    out = solve(gaussian((d,)).reverse(sde), x, solver, grid=[t, s], rng=0).x
+    ratio = float((out - m).square().mean()) / v
+    error = 5.0 * math.sqrt(2.0 / (n * d))
+    assert 1.0 - error < ratio < 1.0 + 1.1 * r**2 + (2.0 / d if norm == "sample" else 0.0) + error
+    # no heavy tail either: the largest of n d Gaussian numbers
+    assert float((out - m).abs().max()) < 1.5 * math.sqrt(v * (1.0 + 2.0 / d)) * math.sqrt(2.0 * math.log(n * d))
+
+
 def test_langevin_at_a_mode():
     """A row whose score is exactly zero stays finite: the ratio |z| / |score| must not become inf or NaN."""
     sde = make_sde("flow")
