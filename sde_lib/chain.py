@@ -113,16 +113,16 @@ class Chain:
         return self.levels[i]
 
     def knot_at(self, half_log_snr: Any) -> Knot:
-        raise ValueError(_NO_TIME)
+        raise ValueError(NO_TIME)
 
     def f(self, t: Any) -> Any:
-        raise ValueError(_NO_TIME)
+        raise ValueError(NO_TIME)
 
     def g2(self, t: Any) -> Any:
-        raise ValueError(_NO_TIME)
+        raise ValueError(NO_TIME)
 
     def rates(self, t: Any) -> tuple[Any, Any]:
-        raise ValueError(_NO_TIME)
+        raise ValueError(NO_TIME)
 
     def descend(self, steps: int | None = None, spacing: str = "trailing") -> tuple[Knot, ...]:
         """Knots from the noisiest level down to the data: all n levels, or `steps` of them.
@@ -166,7 +166,7 @@ class Chain:
         return f"Chain(n={self.n}, half_log_snr={self.levels[0].half_log_snr:.3g}…{self.levels[-1].half_log_snr:.3g})"
 
 
-_NO_TIME = (
+NO_TIME = (
     "A chain has no continuous time: no drift, no velocity, no times between its levels. Use a solver that steps "
     "between knots (DDIM, Ancestral, ReverseDiffusion, Heun in the noise-ratio coordinate), or interpolate it with "
     "TabulatedSDE(chain.alphas_cumprod)."

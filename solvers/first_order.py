@@ -147,6 +147,8 @@ class ReverseDiffusion(FirstOrder):
     """
 
     probability_flow: bool = False
+    # the kernel from alpha = 0 keeps nothing of the state however short the step: start where f is finite
+    needs_drift = True
 
     @property
     def stochastic(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sde_lib import Chain, Knot, ReverseSDE
 from sde_lib._checks import check_state
+from sde_lib.chain import NO_TIME
 from solvers.grids import GridLike, make_knots
 from solvers.noise import Draw, Rng, as_draw
 from solvers.solver import Callback, Hooks, Outcome, Project, Solution, Solver, SolverError, Status
@@ -139,6 +140,8 @@ def _check_rev(rev: Any) -> None:
 def _knots(
     rev: ReverseSDE, solver: Solver, steps: int | None, nfe: int | None, grid: GridLike, end: str
 ) -> tuple[Knot, ...]:
+    if solver.adaptive and isinstance(rev.law, Chain):
+        raise ValueError(f"{type(solver).__name__} chooses its own times. {NO_TIME}")
     if nfe is not None:
         if steps is not None:
             raise ValueError(f"Give `steps` or `nfe`, not both (got steps={steps}, nfe={nfe}).")

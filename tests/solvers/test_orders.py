@@ -213,13 +213,14 @@ def test_default_grids_converge(case, name):
 
 @pytest.mark.parametrize("case", [k for k, v in ORDERED.items() if v.order == 1])
 def test_default_grid_from_the_prior(case):
-    """The flow SDE from t = 1, where alpha = 0, on the default grid: eight times the steps, a third of the error at most.
+    """The flow SDE from t = 1 (alpha = 0) on the default grid: sixteen times the steps, a third of the error at most.
 
-    An O(1) error of the first step, whatever its length, would stay in a deterministic run.
+    An O(1) error of the first step, whatever its length, would stay in a deterministic run. (Solvers that use f start
+    0.001 before its pole: below a thousand steps none of them is near its order.)
     """
     solver, sde, data = ORDERED[case], make_sde("flow"), gaussian()
     gaps = []
-    for steps in (100, 800):
+    for steps in (100, 1600):
         a, b, c = affine_map(data.reverse(sde), solver, steps=steps)
         start = sde.knot(sde.drift_t_max if solver.needs_drift else sde.t_max)
         (m_t, v_t), (m_s, v_s) = mp_free_moments(data, start), mp_free_moments(data, sde.knot(sde.t_min))

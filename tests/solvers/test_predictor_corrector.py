@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import SDE_NAMES, Spy, gaussian, lambda_knots, make_sde, mixture, mp_free_moments, quantiles
 
-from sde_lib import VPSDE
+from sde_lib import VPSDE, GaussianMixture
 from solvers import (
     CORRECTORS,
     DDIM,
@@ -57,22 +57,44 @@ def test_order_of_calls():
         assert [k for k, _ in spy.log] == want
 
 
-@pytest.mark.parametrize("norm", ["sample", "batch"])
-def test_langevin_step_size(norm):
-    """x + e score + sqrt(2e) z, e = 2 a (r |z| / |score|)^2, norms per sample or, as published, their batch means."""
+def langevin_inputs(shape: tuple[int, ...] = (2, 3)) -> tuple:
     sde = make_sde("vp")
     t, s = lambda_knots(sde, 5)[2:4]
     generator = torch.Generator().manual_seed(0)
-    x, z = (torch.randn(4, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
-    rev = mixture((2, 3)).reverse(sde)
-    solver = PredictorCorrector(None, Langevin(snr=0.2, norm=norm))
-    got = solve(rev, x, solver, grid=[t, s], rng=Recorded([z])).x
+    x, z = (torch.randn(4, *shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return mixture(shape).reverse(sde), x, z, t, s
+
+
+def test_published_langevin_step():
+    """norm="batch": x + e score + sqrt(2e) z with e = 2 a (r mean|z| / mean|score|)^2, as score_sde averages norms."""
+    rev, x, z, t, s = langevin_inputs()
+    got = solve(rev, x, PredictorCorrector(None, Langevin(0.2, norm="batch")), grid=[t, s], rng=Recorded([z])).x
     score = rev(x, s).score
-    norms = [v.flatten(1).norm(dim=1) for v in (z, score)]
-    if norm == "batch":
-        norms = [v.mean().expand(4) for v in norms]
-    e = (2.0 * (t.alpha / s.alpha) ** 2 * (0.2 * norms[0] / norms[1]) ** 2)[:, None, None]
+    z_norm, score_norm = (v.flatten(1).norm(dim=1).mean() for v in (z, score))
+    e = 2.0 * (t.alpha / s.alpha) ** 2 * (0.2 * z_norm / score_norm) ** 2
     torch.testing.assert_close(got, x + e * score + (2.0 * e).sqrt() * z, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (500,)], ids=str)
+def test_langevin_step_per_sample(shape):
+    """norm="sample": x + e score + sqrt(2e) z with one e per row, at most the published size of a batch of one.
+
+    e and the move are read off from the noise z and its mirror image: their mean is e score, half their difference
+    sqrt(2e) z. In many dimensions, where |z|^2 = d up to sqrt(2 / d), e is the published size.
+    """
+    rev, x, z, t, s = langevin_inputs(shape)
+    solver = PredictorCorrector(None, Langevin(snr=0.2))
+    plus, minus = (solve(rev, x, solver, grid=[t, s], rng=Recorded([sign * z])).x - x for sign in (1.0, -1.0))
+    score = rev(x, s).score
+    dims = tuple(range(1, x.ndim))
+    e = ((plus + minus) / 2 * score).sum(dims, keepdim=True) / score.square().sum(dims, keepdim=True)
+    torch.testing.assert_close((plus + minus) / 2, e * score, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close((plus - minus) / 2, (2.0 * e).sqrt() * z, rtol=1e-9, atol=1e-11)
+    z2 = z.square().sum(dims, keepdim=True).clamp(min=math.prod(shape))
+    published = 2.0 * (t.alpha / s.alpha) ** 2 * 0.2**2 * z2 / score.square().sum(dims, keepdim=True)
+    assert bool((e > 0).all()) and bool((e <= published * (1 + 1e-9)).all())
+    if math.prod(shape) > 100:
+        assert bool((e >= published * (1.0 - 5.0 * math.sqrt(2.0 / math.prod(shape)))).all())
 
 
 def test_the_published_rule_couples_the_batch_and_says_so():
@@ -130,23 +152,57 @@ def test_langevin_settles_where_its_step_size_says(name):
 @pytest.mark.parametrize("d", [2, 16, 64])
 @pytest.mark.parametrize("norm", ["sample", "batch"])
 def test_langevin_bias_of_the_step_rule(norm, d):
-    """As r -> 0 a corrector should leave p_t alone. Exact start, 400 moves of r = 0.1 on 4000 Gaussian samples.
+    """As r -> 0 a corrector should leave p_t alone. Exact start, 250 moves of r = 0.1 on 2000 Gaussian samples.
 
     Norms averaged over the batch give one step size for all, whose bias is that of Langevin dynamics, e / 2v = a r^2.
-    A size that depends on the state, c(x) = 1 / |score|^2, makes p_t / c its stationary law: variance v (1 + 2 / d). That
-    is the price of samples that do not see each other, and it must stay at that.
+    A size c(x) = 1 / |score|^2 that depends on the state makes p_t / c its stationary law: variance v (1 + 2 / d). That
+    is the price of samples that do not see each other; a size that also follows |z|^2 would double it.
     """
-    sde, n, r = make_sde("vp"), 4000, 0.1
+    sde, n, r = make_sde("vp"), 2000, 0.1
     t, s = lambda_knots(sde, 8)[3:5]
     m, v = mp_free_moments(gaussian(), s)
     x = m + math.sqrt(v) * torch.randn(n, d, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    solver = PredictorCorrector(None, Langevin(snr=r, steps=400, norm=norm))
+    solver = PredictorCorrector(None, Langevin(snr=r, steps=250, norm=norm))
     out = solve(gaussian((d,)).reverse(sde), x, solver, grid=[t, s], rng=0).x
     ratio = float((out - m).square().mean()) / v
     error = 5.0 * math.sqrt(2.0 / (n * d))
     assert 1.0 - error < ratio < 1.0 + 1.1 * r**2 + (2.0 / d if norm == "sample" else 0.0) + error
     # no heavy tail either: the largest of n d Gaussian numbers
     assert float((out - m).abs().max()) < 1.5 * math.sqrt(v * (1.0 + 2.0 / d)) * math.sqrt(2.0 * math.log(n * d))
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["predictor first", "corrector first"])
+@pytest.mark.parametrize("name", ["vp", "ve", "flow"])
+def test_default_pair_in_many_dimensions(name, first):
+    """4000 samples of a mixture in R^64 whose components lie along one direction: the law of the projection onto it.
+
+    Empirical distribution function within its 1e-9 band (Dvoretzky-Kiefer-Wolfowitz) plus 0.02 for 100 first-order steps
+    and a variance that the per-sample step size may inflate by 2 / d.
+    """
+    n, d = 4000, 64
+    sde, direction = make_sde(name), torch.full((64,), 0.125, dtype=torch.float64)
+    centres, stds, weights = (
+        torch.tensor([-1.5, 0.5, 2.0]),
+        torch.tensor([0.4, 0.6, 0.5]),
+        torch.tensor([0.3, 0.5, 0.2]),
+    )
+    data = GaussianMixture(centres[:, None] * direction, std=stds, weights=weights)
+    solver = PredictorCorrector(corrector_first=first)
+    x = sample(data.reverse(sde), (n, d), solver, steps=100, grid="karras", rng=5, dtype=torch.float64, strict=True).x
+    ordered = (x @ direction).sort().values
+    exact = (weights * torch.special.ndtr((ordered[:, None] - centres) / stds)).sum(1)
+    empirical = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    assert float((exact - empirical).abs().max()) < math.sqrt(math.log(2e9) / (2 * n)) + 0.02
+
+
+@pytest.mark.parametrize("d", [1, 2, 8])
+@pytest.mark.parametrize("name", ["vp", "ve", "flow"])
+def test_default_pair_in_few_dimensions(name, d):
+    """The default pair on low-dimensional data stays within the inflation its step rule is known for, sqrt(1 + 2 / d)."""
+    data = mixture((d,))
+    x = sample(data.reverse(make_sde(name)), (5000, d), PredictorCorrector(), steps=100, grid="karras", rng=5).x
+    true = torch.sqrt(data.covariance.diagonal().mean() + (data.mean - data.mean.mean()).square().mean())
+    assert float(x.std()) < math.sqrt(1.0 + 2.0 / d) * float(true)
 
 
 def test_langevin_at_a_mode():

@@ -10,8 +10,9 @@ import pytest
 import torch
 from oracles import CASES, FIXED, SDE_NAMES, Spy, lambda_knots, make_sde, mixture
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sde_lib import DATA, SDE, VPSDE, GaussianMixture, Knot, ReverseSDE
+from sde_lib import DATA, SDE, VPSDE, GaussianMixture, Knot, ReverseSDE, VPrediction
 from solvers import (
     DDIM,
     RK4,
@@ -28,9 +29,11 @@ from solvers import (
     Status,
     StepInfo,
     TorchSDE,
+    as_draw,
     sample,
     solve,
 )
+from solvers.solver import Hooks
 
 every_sde = pytest.mark.parametrize("name", SDE_NAMES)
 every_case = pytest.mark.parametrize("case", CASES)
@@ -120,6 +123,89 @@ def test_a_budget_on_a_chain_is_used(case):
         used = len(spy.log)
         per_step = solver.nfe(2, "denoise") - solver.nfe(1, "denoise")
         assert used <= budget < used + per_step
+
+
+@pytest.mark.parametrize("case", [k for k, v in CASES.items() if v.adaptive])
+def test_solvers_that_need_time_say_so_on_a_chain(case):
+    """Adaptive and external solvers on a model of a chain: a ValueError that names the chain, before any call."""
+    chain = VPSDE().discretize(50)
+    spy = Spy(mixture().reverse(chain))
+    with pytest.raises(ValueError, match="chain"):
+        solve(spy, start(2, (), VPSDE()), CASES[case], rng=0)
+    assert not spy.log
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_a_chain_is_a_grid_for_a_continuous_model(case):
+    """The chain's knots on a model of the SDE: called at its nominal times in order, by stages also between them."""
+    solver, sde = FIXED[case], VPSDE()
+    chain, seen = sde.discretize(50), []
+
+    def v(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(float(t[0]))
+        return 0.3 * x
+
+    try:
+        solve(sde.reverse(v=v), start(2, (), sde), solver, grid=chain, steps=5, rng=0)
+    except ValueError as error:
+        assert "chain" in str(error).lower()
+        return
+    assert chain.t_min <= min(seen) and max(seen) <= chain.t_max
+    if solver.nfe_per_step == 1:
+        assert set(seen) <= set(chain.times.tolist()) and seen == sorted(seen, reverse=True)
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what makes the host wait for the device, and notes results without dimensions."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "item")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalars: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in self.WAITS, f"{name} waits for the device"
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.ndim == 0:
+            self.scalars.append(name)
+        return out
+
+
+@pytest.mark.parametrize("case", FIXED)
+@pytest.mark.parametrize("rng", [0, [1, 2, 3]], ids=["one seed", "a seed per sample"])
+def test_a_fixed_step_loop_never_waits_for_the_device(case, rng):
+    """No host synchronisation and no tensor without dimensions inside the loop: it can be captured as a graph."""
+    solver, sde = FIXED[case], make_sde("vp")
+    rev = ReverseSDE(sde, lambda x, knot: 0.3 * x, VPrediction())
+    knots = tuple(lambda_knots(sde, 4))
+    x = start(3, (2, 2), sde)
+    draw = as_draw(rng, x)
+    with NoSync() as watch:
+        solver.run(rev, x, knots, draw, Hooks())
+    # Langevin's step size is made on the device from norms, and may meet a constant there
+    assert not watch.scalars or "langevin" in repr(solver).lower()
+
+
+@pytest.mark.parametrize(("solver", "operations"), [(DDIM(), 2), (EulerMaruyama(eta=0.0), 2), (Ancestral(), 4)])
+def test_a_step_is_a_weighted_sum(solver, operations):
+    """Tensor operations per step beyond the network: x times a plus F times b, and one draw added."""
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            type(self).calls += 1
+            return func(*args, **(kwargs or {}))
+
+    sde = make_sde("vp")
+    rev = ReverseSDE(sde, lambda x, knot: x, VPrediction())
+    x = start(3, (2, 2), sde)
+    draw = as_draw(0, x)
+    with Count():
+        solver.run(rev, x, tuple(lambda_knots(sde, 10)), draw, Hooks())
+    assert Count.calls <= 10 * operations
 
 
 def test_guidance_counts_double():
