@@ -176,7 +176,7 @@ def test_langevin_bias_of_the_step_rule(norm, d):
 def test_default_pair_in_many_dimensions(name, first):
     """4000 samples of a mixture in R^64 whose components lie along one direction: the law of the projection onto it.
 
-    Empirical distribution function within its 1e-9 band (Dvoretzky-Kiefer-Wolfowitz) plus 0.02 for 100 first-order steps
+    Empirical distribution function within its 1e-9 band (Dvoretzky-Kiefer-Wolfowitz) plus 0.02 for 100 steps
     and a variance that the per-sample step size may inflate by 2 / d.
     """
     n, d = 4000, 64
@@ -198,7 +198,7 @@ def test_default_pair_in_many_dimensions(name, first):
 @pytest.mark.parametrize("d", [1, 2, 8])
 @pytest.mark.parametrize("name", ["vp", "ve", "flow"])
 def test_default_pair_in_few_dimensions(name, d):
-    """The default pair on low-dimensional data stays within the inflation its step rule is known for, sqrt(1 + 2 / d)."""
+    """The default pair in few dimensions stays within the inflation of the per-sample rule, sqrt(1 + 2 / d)."""
     data = mixture((d,))
     x = sample(data.reverse(make_sde(name)), (5000, d), PredictorCorrector(), steps=100, grid="karras", rng=5).x
     true = torch.sqrt(data.covariance.diagonal().mean() + (data.mean - data.mean.mean()).square().mean())
