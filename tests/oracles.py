@@ -388,11 +388,12 @@ def solver_cases() -> dict[str, Solver]:
         "bogacki_shampine/angle": RungeKutta(tableau="bogacki_shampine", coordinate="angle"),
         "adaptive/bs": AdaptiveRungeKutta(tableau="bogacki_shampine"),
         "adaptive/heun": AdaptiveRungeKutta(tableau="heun", rtol=1e-3, atol=1e-3),
-        "pc/first": PredictorCorrector(corrector_first=True),
+        "pc/langevin": PredictorCorrector(corrector="langevin"),
+        "pc/first": PredictorCorrector(corrector="langevin", corrector_first=True),
         "pc/ald": PredictorCorrector(predictor="ancestral", corrector=AnnealedLangevin(snr=0.1, steps=2)),
         "pc/batch": PredictorCorrector(corrector=Langevin(norm="batch")),
         "pc/heun": PredictorCorrector(predictor=Heun(), corrector="annealed_langevin"),
-        "pc/none+langevin": PredictorCorrector(predictor=None, corrector="annealed_langevin"),
+        "pc/none+ald": PredictorCorrector(predictor=None, corrector="annealed_langevin"),
         "pc/ddim+none": PredictorCorrector(predictor="ddim", corrector=None),
     }
     return cases
