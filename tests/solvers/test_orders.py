@@ -19,6 +19,7 @@ from oracles import (
     FIXED,
     ORDERED,
     SDE_NAMES,
+    Spy,
     affine_map,
     flow_map,
     gaussian,
@@ -251,6 +252,26 @@ def test_exact_on_a_point(name, solver, steps):
     (m_t, v_t), (m_s, v_s) = mp_free_moments(data, knots[0]), mp_free_moments(data, knots[-1])
     assert float(a) * m_t + float(b) == pytest.approx(m_s, rel=1e-11)
     assert float(a) ** 2 * v_t + float(c.square().sum()) == pytest.approx(v_s, rel=1e-11)
+
+
+@every_sde
+def test_churn_is_seen_by_the_network(name):
+    """Algorithm 2: the first call of every step, of the posterior mean too, is at the raised level (1 + gamma) u."""
+    sde, data = make_sde(name), mixture()
+    knots = lambda_knots(sde, 4, low=-1.5)
+    spy = Spy(data.reverse(sde))
+    x = quantiles(data, knots[0], 3)
+    out = solve(spy, x, Heun(s_churn=1.0), grid=knots, end="denoise", rng=0)
+    firsts = [k for k, _ in spy.log][::2]
+    assert len(firsts) == 5
+    for knot, raised in zip(knots, firsts, strict=True):  # gamma = 1 / 5
+        assert raised.half_log_snr == pytest.approx(knot.half_log_snr - math.log(1.2), abs=1e-9)
+    # the last call is where its state is: for data at a point every posterior mean is the point
+    point = GaussianMixture([0.7], std=0.0)
+    assert solve(
+        point.reverse(sde), x, Heun(s_churn=1.0), grid=knots, end="denoise", rng=0
+    ).x.tolist() == pytest.approx([0.7] * 3, abs=1e-9)
+    assert out.ok
 
 
 @every_sde
