@@ -14,6 +14,8 @@ export UV_PYTHON_DOWNLOADS = never
 # pip compiles .pyc at install, uv only when told: without it every start pays seconds for torch
 export UV_COMPILE_BYTECODE = 1
 export MPLBACKEND ?= Agg
+# threads that wait asleep: with spinning ones a busy machine trains ten times slower
+export OMP_WAIT_POLICY ?= passive
 BIN := $(VENV)/bin
 C := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 

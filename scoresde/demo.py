@@ -44,6 +44,9 @@ from solvers import (
 SHOWN = 16
 """Samples per row of the picture."""
 
+FEW_STEPS = 800
+"""Fewer optimizer steps than this within the time budget deserve a word."""
+
 ROWS: Sequence[tuple[str, Solver, dict[str, Any]]] = (
     ("Euler-Maruyama", EulerMaruyama(), {"steps": 100, "grid": Quadratic()}),
     (
@@ -73,6 +76,11 @@ def main(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     """Run the whole demo and return its summary."""
     plt = _pyplot()
     result = train(config, workdir)
+    if config.training.max_seconds and result.step < FEW_STEPS:
+        print(
+            f"Only {result.step} steps fitted into {config.training.max_seconds:.0f} s, about 2500 do on two idle cores: "
+            "the figures below are of a half-trained model. Raise --config.training.max_seconds or free the machine."
+        )
     model, data = result.model, result.data
     spec = data.spec
     if len(spec.shape) != 3 or spec.levels is None:
