@@ -78,7 +78,7 @@ def main(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     result = train(config, workdir)
     if config.training.max_seconds and result.step < FEW_STEPS:
         print(
-            f"Only {result.step} steps fitted into {config.training.max_seconds:.0f} s, about 2500 do on two idle cores: "
+            f"Only {result.step} steps fitted into {config.training.max_seconds:.0f} s; two idle cores do about 2500: "
             "the figures below are of a half-trained model. Raise --config.training.max_seconds or free the machine."
         )
     model, data = result.model, result.data
