@@ -78,7 +78,7 @@ def main(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     result = train(config, workdir)
     if config.training.max_seconds and result.step < FEW_STEPS:
         print(
-            f"Only {result.step} steps fitted into {config.training.max_seconds:.0f} s; two idle cores do about 2500: "
+            f"Only {result.step} steps fitted into {config.training.max_seconds:.0f} s; two idle cores did 1350: "
             "the figures below are of a half-trained model. Raise --config.training.max_seconds or free the machine."
         )
     model, data = result.model, result.data
