@@ -14,8 +14,6 @@ from sde_lib import PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Prediction, Rever
 from sde_lib import _math as m
 from sde_lib._math import Real
 
-Label = Any
-
 
 @dataclass(frozen=True)
 class DataSpec:

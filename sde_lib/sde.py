@@ -105,7 +105,11 @@ class SDE(ABC):
 
     def rates(self, t: Any) -> tuple[Any, Any]:
         """(d alpha/dt, d sigma/dt); finite where f and g are not (flow at t = 1)."""
-        return _evaluate(lambda u: self._rates(u)[0], t), _evaluate(lambda u: self._rates(u)[1], t)
+        if isinstance(t, Tensor):
+            alpha_rate, sigma_rate = (torch.as_tensor(r) for r in self._rates(t.double()))
+            dtype = t.dtype if t.is_floating_point() else torch.get_default_dtype()
+            return alpha_rate.to(dtype), sigma_rate.to(dtype)
+        return self._rates(float(t))
 
     def drift(self, x: Tensor, t: Any) -> Tensor:
         """f(t) x for x of shape (B, *D) and t of shape () or (B,)."""

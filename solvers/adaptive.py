@@ -43,6 +43,16 @@ class Integrated:
     reached: Tensor
 
 
+def failure(result: Integrated, coordinate: Coordinate, law: Law) -> str:
+    """What went wrong and where, for the first row that failed; empty if none did."""
+    failed = (result.status != Status.OK).nonzero().flatten().tolist()
+    if not failed:
+        return ""
+    row = failed[0]
+    place, code = coordinate.knot(law, float(result.reached[row])).t, Status(int(result.status[row]))
+    return f"sample {row} stopped at t = {place:.6g} ({code.name}): {code.sentence}"
+
+
 def error_norm(error: Tensor, old: Tensor, new: Tensor, rtol: float, atol: float) -> Tensor:
     """Root mean square over a row's own elements of error / (atol + rtol max(|old|, |new|)), (n,)."""
     scaled = error / (atol + rtol * torch.maximum(old.abs(), new.abs()))
@@ -235,11 +245,7 @@ class AdaptiveRungeKutta(Solver):
                 calls += result.calls
                 accepted += result.accepted
                 rejected += result.rejected
-                if bool((result.status != 0).any()) and not message:
-                    row = int((result.status != 0).nonzero()[0])
-                    place = self._coordinate.knot(rev.law, float(result.reached[row])).t
-                    code = Status(int(result.status[row]))
-                    message = f"sample {row} stopped at t = {place:.6g} ({code.name}): {code.sentence}"
+                message = message or failure(result, self._coordinate, rev.law)
                 status = torch.where(status == 0, result.status, status)
             if hooks.trajectory:
                 trajectory.append(x)

@@ -156,6 +156,7 @@ GRIDS: Mapping[str, type[Grid]] = {
 }
 """Name -> class. A new grid is one class and one line here."""
 
+ENDS = ("stop", "denoise")
 GridLike = Grid | Chain | str | Tensor | Sequence[Any] | None
 
 
@@ -177,7 +178,7 @@ def make_knots(
     Raises:
         ValueError: for a grid that is not strictly monotone or leaves [t_min, t_max], for steps that do not fit.
     """
-    if end not in ("stop", "denoise"):
+    if end not in ENDS:
         raise ValueError(f'`end` must be "stop" or "denoise", got {end!r}.')
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise ValueError(f"`steps` must be an int >= 1, got {steps!r}.")

@@ -151,6 +151,7 @@ class BrownianPath(Noise):
     variance. Increments over neighbouring intervals add up to the increment over both, so refining a grid refines
     the noise. Values come from a tree of Brownian bridges, dyadic in lambda over [-16, 16] and 20 levels deep (cells
     of 3e-5), on the counter-based normals of `PerSample`; two points within one cell do not know of each other.
+    `TorchSDE` takes only a seed from it and walks a path of its own.
 
     Args:
         seeds: an int, or one int per sample (sample i then keeps its path in any batch).

@@ -12,7 +12,7 @@ from torch import Tensor
 from sde_lib import Chain, Knot, ReverseSDE
 from sde_lib._checks import check_state
 from sde_lib.chain import NO_TIME
-from solvers.grids import GridLike, make_knots
+from solvers.grids import Grid, GridLike, make_knots
 from solvers.noise import Draw, Rng, as_draw
 from solvers.solver import Callback, Hooks, Outcome, Project, Solution, Solver, SolverError, Status
 
@@ -61,10 +61,8 @@ def solve(
         TypeError, ValueError: for arguments that do not fit together, before any step is taken.
         SolverError: under `strict`.
     """
-    _check_rev(rev)
+    _check(rev, solver)
     check_state("x_T", x_T)
-    if not isinstance(solver, Solver):
-        raise TypeError(f"`solver` must be a Solver instance such as DDIM(), got {solver!r}.")
     knots = _knots(rev, solver, steps, nfe, grid, end)
     draw = as_draw(rng, x_T)
     return _run(rev, x_T, solver, knots, draw, condition, project, callback, trajectory, strict, differentiable)
@@ -99,9 +97,7 @@ def sample(
         device: of the state.
         **options: the remaining arguments of `solve`.
     """
-    _check_rev(rev)
-    if not isinstance(solver, Solver):
-        raise TypeError(f"`solver` must be a Solver instance such as DDIM(), got {solver!r}.")
+    _check(rev, solver)
     shape = tuple(shape)
     if len(shape) < 1 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"`shape` must be (B, *D) with positive ints, got {shape}.")
@@ -116,25 +112,16 @@ def sample(
     like = torch.empty(shape, dtype=dtype, device=device)
     draw = as_draw(rng, like)
     x_T = law.prior_std * draw.normal("prior")
-    extra: dict[str, Any] = {
-        "condition": None,
-        "project": None,
-        "callback": None,
-        "trajectory": False,
-        "strict": False,
-        "differentiable": False,
-    }
-    unknown = set(options) - set(extra)
-    if unknown:
-        raise TypeError(f"sample() got unknown argument(s) {', '.join(sorted(unknown))}; accepted: {', '.join(extra)}.")
-    return _run(rev, x_T, solver, knots, draw, **{**extra, **options})
+    return solve(rev, x_T, solver, grid=knots, rng=draw, **options)
 
 
-def _check_rev(rev: Any) -> None:
+def _check(rev: Any, solver: Any) -> None:
     if not isinstance(rev, ReverseSDE):
         raise TypeError(
             f"`rev` must be a ReverseSDE (sde.reverse(score=fn) or model.reverse()), got {type(rev).__name__}."
         )
+    if not isinstance(solver, Solver):
+        raise TypeError(f"`solver` must be a Solver instance such as DDIM(), got {solver!r}.")
 
 
 def _knots(
@@ -151,7 +138,7 @@ def _knots(
         else:  # the last step of a chain, to the data, is one call
             steps = 1 if nfe == 1 else min(chain.n, 1 + solver.steps_for(nfe, "denoise"))
     elif steps is None and solver.adaptive:
-        steps = 1 if _spaced(grid) else None
+        steps = 1 if grid is None or isinstance(grid, Grid | str) else None
     knots = make_knots(rev.law, grid, steps, end, solver.needs_drift)
     downward = knots[0].half_log_snr < knots[-1].half_log_snr
     if not downward and solver.stochastic:
@@ -159,12 +146,6 @@ def _knots(
             f"{type(solver).__name__} adds noise and runs downward only; invert with a deterministic solver."
         )
     return knots
-
-
-def _spaced(grid: GridLike) -> bool:
-    from solvers.grids import Grid
-
-    return grid is None or isinstance(grid, Grid | str)
 
 
 def _run(

@@ -13,8 +13,6 @@ from torch import Tensor
 from sde_lib import Knot, Prediction, ReverseSDE
 from solvers.noise import Draw
 
-ENDS = ("stop", "denoise")
-
 
 class Step(NamedTuple):
     """What one step returns.

@@ -14,7 +14,7 @@ from scoresde.likelihood.divergence import divergence, make_probes
 from sde_lib import SDE, ReverseSDE
 from sde_lib._checks import check_positive, check_state
 from solvers import TABLEAUX, Angle, Coordinate, Status
-from solvers.adaptive import integrate, row_knot
+from solvers.adaptive import failure, integrate, row_knot
 from solvers.noise import Rng, as_draw
 from solvers.runge_kutta import Leaves, rescale
 
@@ -182,16 +182,17 @@ def log_likelihood(
     else:
         trace_se = per_probe.std(1) / math.sqrt(probes) if probes > 1 else torch.full((len(x),), math.nan)
     log_prob = log_prior + scales + per_probe.mean(1)
-    message = ""
-    if bool((result.status != Status.OK).any()):
-        row = int((result.status != Status.OK).nonzero()[0])
-        place = coordinate.knot(law, float(result.reached[row])).t
-        code = Status(int(result.status[row]))
-        message = f"sample {row} stopped at t = {place:.6g} ({code.name}): {code.sentence}"
-        log_prob = torch.where(result.status == Status.OK, log_prob, math.nan)
+    log_prob = torch.where(result.status == Status.OK, log_prob, math.nan)
     nfe = result.calls * rev.nfe_per_call
     return Likelihood(
-        log_prob, trace_se, log_prior, latent, nfe, result.calls * (d if exact else probes), result.status, message
+        log_prob=log_prob,
+        trace_se=trace_se,
+        log_prior=log_prior,
+        latent=latent,
+        nfe=nfe,
+        vjps=result.calls * (d if exact else probes),
+        status=result.status,
+        message=failure(result, coordinate, law),
     )
 
 

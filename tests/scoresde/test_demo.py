@@ -43,7 +43,7 @@ def test_the_demo_writes_what_it_says(tmp_path, capsys):
 @pytest.mark.slow
 def test_the_demos_model_beats_the_gaussian(tmp_path):
     """600 steps, less than half of the demo's: at least 0.6 bits/dim better than the fitted Gaussian (0.8 is the demo's
-    own bar), and samples of every solver near held-out digits (an untrained network's are 27 away, see above)."""
+    own bar), and samples of every solver near held-out digits (those of a four-step network were 27 away)."""
     settings = config.load("digits_vp", overrides(training__max_seconds=0, training__steps=600))
     summary = demo.main(tmp_path, settings)
     assert summary["gaussian_bits_per_dim"] - summary["bits_per_dim"] > 0.6
