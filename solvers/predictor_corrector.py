@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sde_lib import Knot, lookup
+from sde_lib import Knot, Law, lookup
 from sde_lib._checks import check_positive
 from sde_lib._math import Real
 from solvers.first_order import DDIM, Ancestral, EulerMaruyama, ReverseDiffusion
 from solvers.noise import Draw
-from solvers.solver import Past, Solver, Step
+from solvers.solver import Past, Solver, Step, without_ahead
 
 NORMS = ("sample", "batch")
 
@@ -171,6 +171,15 @@ class PredictorCorrector(Solver):
         predictor = 0 if self._predictor is None else self._predictor.nfe_per_step
         return predictor + (0 if self._corrector is None else self._corrector.steps)
 
+    @property
+    def nfe_to_start(self) -> int:  # type: ignore[override]
+        return 0 if self._predictor is None else self._predictor.nfe_to_start
+
+    @property
+    def shares_calls(self) -> bool:  # type: ignore[override]
+        """A corrector moves the state away from where the predictor has called."""
+        return self._corrector is None and self._predictor is not None and self._predictor.shares_calls
+
     def nfe(self, steps: int, end: str = "stop") -> int:
         """With the corrector first, the step to the data corrects too."""
         last = self._corrector.steps if self._corrector is not None and self.corrector_first else 0
@@ -190,13 +199,18 @@ class PredictorCorrector(Solver):
             self._predictor is not None and self._predictor.batch_coupled
         )
 
+    def _with(self, predictor: Solver) -> Solver:
+        changed = replace(self)
+        object.__setattr__(changed, "_predictor", predictor)
+        return changed
+
+    def on(self, law: Law) -> Solver:
+        """The predictor's word."""
+        return self if self._predictor is None else self._with(self._predictor.on(law))
+
     def bind(self, knots: Sequence[Knot]) -> Solver:
         """Binds the predictor."""
-        if self._predictor is None:
-            return self
-        bound = replace(self)
-        object.__setattr__(bound, "_predictor", self._predictor.bind(knots))
-        return bound
+        return self if self._predictor is None else self._with(self._predictor.bind(knots))
 
     def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """Predict, then correct at s; or correct at t, then predict."""
@@ -204,14 +218,16 @@ class PredictorCorrector(Solver):
         x = self._correct_first(rev, x, t, s, draw)
         prediction = None
         if self._predictor is not None:
-            x, prediction, *_ = self._predictor.step(rev, x, t, s, (), draw)
-        if not self.corrector_first and self._corrector is not None:
-            x = self._corrector.correct(rev, x, s, shrink, draw)
-        return Step(x, prediction)
+            x, prediction, past = self._predictor.step(rev, x, t, s, past, draw)
+        if self._corrector is not None:
+            past = without_ahead(past, s)
+            if not self.corrector_first:
+                x = self._corrector.correct(rev, x, s, shrink, draw)
+        return Step(x, prediction, past)
 
     def finish(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """The posterior mean; the published order corrects before it, at the last noisy level too."""
-        return super().finish(rev, self._correct_first(rev, x, t, s, draw), t, s, (), draw)
+        return super().finish(rev, self._correct_first(rev, x, t, s, draw), t, s, past, draw)
 
     def _correct_first(self, rev: Any, x: Tensor, t: Knot, s: Knot, draw: Draw) -> Tensor:
         if not self.corrector_first or self._corrector is None:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sde_lib import Chain, Knot, Prediction, lookup
+from sde_lib import Chain, Knot, Law, Prediction, lookup
 from sde_lib._math import Real
 from sde_lib.prediction import weighted_sum
 from solvers.coordinates import COORDINATES, Coordinate
 from solvers.noise import Draw
-from solvers.solver import Past, Solver, Step
+from solvers.solver import Past, Solver, Step, made_ahead
 
 
 @dataclass(frozen=True)
@@ -182,24 +182,14 @@ class RungeKutta(Solver):
     def needs_drift(self) -> bool:  # type: ignore[override]
         return self._coordinate.needs_drift
 
-    def nfe(self, steps: int, end: str = "stop") -> int:
-        """A first-same-as-last method shares a call between neighbouring steps, and with the end."""
-        if self._tableau.fsal:
-            return steps * (self._tableau.stages - 1) + 1
-        return super().nfe(steps, end)
-
-    def steps_for(self, nfe: int, end: str = "stop") -> int:
-        if not self._tableau.fsal:
-            return super().steps_for(nfe, end)
-        steps = (nfe - 1) // (self._tableau.stages - 1)
-        if steps < 1:
-            raise ValueError(f"{type(self).__name__} needs at least {self.nfe(1, end)} network calls, got nfe={nfe}.")
-        return steps
+    @property
+    def shares_calls(self) -> bool:  # type: ignore[override]
+        """First same as last."""
+        return self._tableau.fsal
 
     def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """One step; stages between the knots need a law with continuous time."""
-        known = past[-1][1] if past and past[-1][0] is t else None
-        return ode_step(self._tableau, self._coordinate, rev, x, t, s, known)
+        return ode_step(self._tableau, self._coordinate, rev, x, t, s, made_ahead(past, t))
 
 
 def ode_step(
@@ -221,11 +211,11 @@ def ode_step(
         predictions.append(known)
         first = (known.mix(*coordinate.slope(t)),)
     y = rescale(x, 1.0 / coordinate.scale(t))
-    leaves, errors, _ = rk_step(tableau, slopes, nodes, h, (y,), first)
-    scale = coordinate.scale(s)
-    ahead = predictions[-1] if tableau.fsal else None
-    x_s = ahead.x if ahead is not None else rescale(leaves[0], scale)
-    return Step(x_s, predictions[0], None if errors is None else rescale(errors[0], scale), ahead)
+    leaves = rk_step(tableau, slopes, nodes, h, (y,), first).leaves
+    if tableau.fsal:
+        ahead = predictions[-1]
+        return Step(ahead.x, predictions[0], ((s, ahead),))
+    return Step(rescale(leaves[0], coordinate.scale(s)), predictions[0])
 
 
 def rescale(x: Tensor, c: Real) -> Tensor:
@@ -277,25 +267,29 @@ class Heun(RungeKutta):
     def stochastic(self) -> bool:
         return self.s_churn > 0
 
+    def on(self, law: Law) -> Solver:
+        """Churn needs continuous time."""
+        if self.s_churn > 0 and isinstance(law, Chain):
+            raise ValueError("Churn raises the noise level between knots, which a chain does not have; use s_churn=0.")
+        return self
+
     def bind(self, knots: Sequence[Knot]) -> Solver:
-        """Fixes N, and checks that a churned run has continuous time."""
+        """Fixes N, the number of steps."""
         if self.s_churn == 0:
             return self
-        if any(isinstance(k.law, Chain) for k in knots):
-            raise ValueError("Churn raises the noise level between knots, which a chain does not have; use s_churn=0.")
         bound = replace(self)
         object.__setattr__(bound, "_steps", len(knots) - 1)
         return bound
 
-    def _churned(self, x: Tensor, t: Knot, draw: Draw) -> tuple[Tensor, Knot]:
+    def _churned(self, law: Law, x: Tensor, t: Knot, draw: Draw) -> tuple[Tensor, Knot]:
         if t.per_sample:
             raise ValueError("Churn takes one time for the whole batch; per-sample knots need s_churn=0.")
         u = math.exp(-t.half_log_snr)
         gamma = min(self.s_churn / self._steps, math.sqrt(2.0) - 1.0) if self.s_min <= u <= self.s_max else 0.0
-        raised = min((1.0 + gamma) * u, math.exp(-t.law.knot(t.law.t_max).half_log_snr))  # type: ignore[union-attr]
+        raised = min((1.0 + gamma) * u, math.exp(-law.knot(law.t_max).half_log_snr))
         if raised <= u:
             return x, t
-        hat = t.law.knot_at(-math.log(raised))  # type: ignore[union-attr]
+        hat = law.knot_at(-math.log(raised))
         std = hat.alpha * self.s_noise * math.sqrt(raised * raised - u * u)
         return weighted_sum(x, hat.alpha / t.alpha, draw.normal("churn", t.half_log_snr), std), hat
 
@@ -303,14 +297,14 @@ class Heun(RungeKutta):
         """Churn, then Heun."""
         if self.s_churn == 0:
             return super().step(rev, x, t, s, past, draw)
-        x, hat = self._churned(x, t, draw)
+        x, hat = self._churned(rev.law, x, t, draw)
         return ode_step(self._tableau, self._coordinate, rev, x, hat, s, None)
 
     def finish(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """The last step churns too, then takes the posterior mean."""
         if self.s_churn == 0:
             return super().finish(rev, x, t, s, past, draw)
-        x, hat = self._churned(x, t, draw)
+        x, hat = self._churned(rev.law, x, t, draw)
         prediction = rev(x, hat)
         return Step(prediction.data, prediction)
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sde_lib import Chain, Knot, ReverseSDE
 from sde_lib._checks import check_state
-from sde_lib.chain import NO_TIME
 from solvers.grids import Grid, GridLike, make_knots
 from solvers.noise import Draw, Rng, as_draw
 from solvers.solver import Callback, Hooks, Outcome, Project, Solution, Solver, SolverError, Status
@@ -63,7 +62,7 @@ def solve(
     """
     _check(rev, solver)
     check_state("x_T", x_T)
-    knots = _knots(rev, solver, steps, nfe, grid, end)
+    solver, knots = _plan(rev, solver, steps, nfe, grid, end)
     draw = as_draw(rng, x_T)
     return _run(rev, x_T, solver, knots, draw, condition, project, callback, trajectory, strict, differentiable)
 
@@ -101,7 +100,7 @@ def sample(
     shape = tuple(shape)
     if len(shape) < 1 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"`shape` must be (B, *D) with positive ints, got {shape}.")
-    knots = _knots(rev, solver, steps, nfe, grid, end)
+    solver, knots = _plan(rev, solver, steps, nfe, grid, end)
     law = rev.law
     first = float(knots[0].t)
     if first < float(getattr(law, "drift_t_max", law.t_max)) * (1 - 1e-6):
@@ -124,19 +123,22 @@ def _check(rev: Any, solver: Any) -> None:
         raise TypeError(f"`solver` must be a Solver instance such as DDIM(), got {solver!r}.")
 
 
-def _knots(
+def _plan(
     rev: ReverseSDE, solver: Solver, steps: int | None, nfe: int | None, grid: GridLike, end: str
-) -> tuple[Knot, ...]:
-    if solver.adaptive and isinstance(rev.law, Chain):
-        raise ValueError(f"{type(solver).__name__} chooses its own times. {NO_TIME}")
+) -> tuple[Solver, tuple[Knot, ...]]:
+    """The solver as it runs on this law and budget, and its knots."""
+    solver = solver.on(rev.law)
     if nfe is not None:
         if steps is not None:
             raise ValueError(f"Give `steps` or `nfe`, not both (got steps={steps}, nfe={nfe}).")
         chain = grid if isinstance(grid, Chain) else rev.law if grid is None and isinstance(rev.law, Chain) else None
         if chain is None:
-            steps = solver.steps_for(nfe, end)
-        else:  # the last step of a chain, to the data, is one call
-            steps = 1 if nfe == 1 else min(chain.n, 1 + solver.steps_for(nfe, "denoise"))
+            solver, steps = solver.within(nfe, end)
+        elif nfe == 1:  # the last step of a chain, to the data, is one call
+            steps = 1
+        else:
+            solver, steps = solver.within(nfe, "denoise")
+            steps = min(chain.n, 1 + steps)
     elif steps is None and solver.adaptive:
         steps = 1 if grid is None or isinstance(grid, Grid | str) else None
     knots = make_knots(rev.law, grid, steps, end, solver.needs_drift)
@@ -145,7 +147,7 @@ def _knots(
         raise ValueError(
             f"{type(solver).__name__} adds noise and runs downward only; invert with a deterministic solver."
         )
-    return knots
+    return solver, knots
 
 
 def _run(

@@ -10,8 +10,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sde_lib import Knot, Prediction, ReverseSDE
+from sde_lib import Chain, Knot, Law, Prediction, ReverseSDE
+from sde_lib.chain import NO_TIME
 from solvers.noise import Draw
+
+
+Past = tuple[tuple[Knot, Prediction], ...]
+"""Earlier (knot, prediction) pairs, oldest first. A last entry at the step's own knot is a prediction made ahead."""
 
 
 class Step(NamedTuple):
@@ -20,18 +25,23 @@ class Step(NamedTuple):
     Attributes:
         x: state at the new knot, (B, *D).
         prediction: the prediction at the knot the step started from (None where there was none).
-        error: embedded estimate of the local error, (B, *D), for methods that have one.
-        ahead: the prediction at the new state and knot, where the method has already made it.
+        past: what the next step may read. A last entry at the new knot is a prediction already made there, which the
+            next step need not ask for again.
     """
 
     x: Tensor
     prediction: Prediction | None = None
-    error: Tensor | None = None
-    ahead: Prediction | None = None
+    past: Past = ()
 
 
-Past = tuple[tuple[Knot, Prediction], ...]
-"""Earlier (knot, prediction) pairs, oldest first. A last entry at the step's own knot is a prediction made ahead."""
+def made_ahead(past: Past, t: Knot) -> Prediction | None:
+    """The prediction at the knot `t` if the step before has already made it."""
+    return past[-1][1] if past and past[-1][0] is t else None
+
+
+def without_ahead(past: Past, t: Knot) -> Past:
+    """`past` without a prediction at the knot `t`: the state there has been moved since."""
+    return past[:-1] if past and past[-1][0] is t else past
 
 
 class StepInfo(NamedTuple):
@@ -165,8 +175,11 @@ class Solver:
     order: ClassVar[int] = 1
     """Order of convergence: global for deterministic solvers, weak for stochastic ones. 0: not consistent in steps."""
     nfe_per_step: ClassVar[int] = 1
-    history: ClassVar[int] = 0
-    """Number of earlier predictions that `step` reads."""
+    """Network calls of one step on its own."""
+    nfe_to_start: ClassVar[int] = 0
+    """Additional calls of the first step, for methods that read earlier predictions."""
+    shares_calls: ClassVar[bool] = False
+    """Whether a step ends in a call at its new knot, which the next step, or the end, does not repeat."""
     needs_drift: ClassVar[bool] = False
     """Whether f and g of the SDE are used, so that runs start where they are finite."""
     adaptive: ClassVar[bool] = False
@@ -184,7 +197,9 @@ class Solver:
 
     def nfe(self, steps: int, end: str = "stop") -> int:
         """Network calls per sample of `steps` intervals; "denoise" adds the posterior mean at the end."""
-        return steps * self.nfe_per_step + (end == "denoise")
+        if self.shares_calls:
+            return self.nfe_to_start + steps * (self.nfe_per_step - 1) + 1
+        return self.nfe_to_start + steps * self.nfe_per_step + (end == "denoise")
 
     def steps_for(self, nfe: int, end: str = "stop") -> int:
         """Largest number of intervals within a budget of network calls.
@@ -192,10 +207,24 @@ class Solver:
         Raises:
             ValueError: if not even one step fits.
         """
-        steps = (nfe - self.nfe(0, end)) // self.nfe_per_step
-        if steps < 1:
-            raise ValueError(f"{type(self).__name__} needs at least {self.nfe(1, end)} network calls, got nfe={nfe}.")
-        return steps
+        first = self.nfe(1, end)
+        if nfe < first:
+            raise ValueError(f"{type(self).__name__} needs at least {first} network calls, got nfe={nfe}.")
+        return 1 + (nfe - first) // (self.nfe(2, end) - first)
+
+    def within(self, nfe: int, end: str = "stop") -> tuple[Solver, int]:
+        """The solver and the number of intervals for a budget of network calls; a method may fit its steps to it."""
+        return self, self.steps_for(nfe, end)
+
+    def on(self, law: Law) -> Solver:
+        """The solver as it runs on a law, itself for most: a chain has no times between its levels.
+
+        Raises:
+            ValueError: if it cannot run there.
+        """
+        if self.adaptive and isinstance(law, Chain):
+            raise ValueError(f"{type(self).__name__} chooses its own times. {NO_TIME}")
+        return self
 
     def bind(self, knots: Sequence[Knot]) -> Solver:
         """The solver for one grid: where per-grid constants are worked out. Itself for most."""
@@ -210,7 +239,7 @@ class Solver:
 
         DDIM, DDPM and Heun's last step (Karras et al. 2022, Algorithm 1) all reduce to it there.
         """
-        prediction = past[-1][1] if past and past[-1][0] is t else rev(x, t)
+        prediction = made_ahead(past, t) or rev(x, t)
         return Step(prediction.data, prediction)
 
     def run(self, rev: ReverseSDE, x: Tensor, knots: Sequence[Knot], draw: Draw, hooks: Hooks) -> Outcome:
@@ -224,28 +253,21 @@ class Solver:
             x = project(x, knots[0], draw)
         trajectory = [x] if hooks.trajectory else []
         past: Past = ()
-        steps, history = len(knots) - 1, solver.history
+        steps = len(knots) - 1
         for i in range(steps):
             t, s = knots[i], knots[i + 1]
             try:
                 take = solver.finish if s.is_data else solver.step
-                x, prediction, _, ahead = take(counted, x, t, s, past, draw)
+                x, prediction, past = take(counted, x, t, s, past, draw)
                 if project is not None:
-                    x = project(x, s, draw)
+                    x, past = project(x, s, draw), without_ahead(past, s)
                 if hooks.check:
                     check_finite(x, "the state", s)
             except SolverError as error:
                 raise SolverError(f"step {i + 1} of {steps}: {error}") from None
-            if history and prediction is not None:
-                kept = past[:-1] if past and past[-1][0] is t else past
-                past = (*kept, (t, prediction))[-history:]
-            else:
-                past = ()
-            if ahead is not None and project is None:
-                past = (*past, (s, ahead))
             if hooks.trajectory:
                 trajectory.append(x)
             if callback is not None:
                 callback(StepInfo(i, steps, t, s, x, prediction))
-            prediction = ahead = None  # lets go of this step's tensors before the next one allocates
+            prediction = None  # lets go of this step's tensors before the next one allocates
         return Outcome(x, counted.calls, trajectory, stats={"steps": steps})
