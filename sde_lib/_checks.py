@@ -15,6 +15,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be a finite number > 0, got {value!r}.")
 
 
+def check_nonnegative(name: str, value: float) -> None:
+    """Raise unless `value` is a finite number, zero or above."""
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
+
+
 def check_ordered(low_name: str, low: float, high_name: str, high: float) -> None:
     """Raise unless 0 < low < high, both finite."""
     check_positive(low_name, low)

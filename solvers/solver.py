@@ -14,7 +14,6 @@ from sde_lib import Chain, Knot, Law, Prediction, ReverseSDE
 from sde_lib.chain import NO_TIME
 from solvers.noise import Draw
 
-
 Past = tuple[tuple[Knot, Prediction], ...]
 """Earlier (knot, prediction) pairs, oldest first. A last entry at the step's own knot is a prediction made ahead."""
 

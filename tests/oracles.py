@@ -135,16 +135,18 @@ def mp_free_moments(data: GaussianMixture, knot: Knot) -> tuple[float, float]:
 
 
 class Spy(ReverseSDE):
-    """A reverse SDE that keeps the knots of its calls and the number of rows of each."""
+    """A reverse SDE that keeps the knots of its calls, the number of rows and the state of each."""
 
     def __init__(self, rev: ReverseSDE, log: list[tuple[Any, int]] | None = None) -> None:
         super().__init__(rev.law, rev.network, rev.parameterization, rev.condition)
         self.inner = rev
         self.log: list[tuple[Any, int]] = [] if log is None else log
+        self.states: list[Tensor] = []
 
     def __call__(self, x: Tensor, t: Any) -> Any:
         knot = t if isinstance(t, Knot) else self.law.knot(t, ndim=x.ndim)
         self.log.append((knot, len(x)))
+        self.states.append(x)
         return self.inner(x, knot)
 
     def select(self, rows: Tensor) -> ReverseSDE:
@@ -265,15 +267,16 @@ def nonlinear_weak_error(
 
     Backward Kolmogorov: u_k(x) = E_z[u_{k+1}(step(x, z))] with Gauss-Hermite in z and a quintic spline of u_{k+1} on
     points within 8 standard deviations of the exact law; the step is the solver's own, run on all (point, node) pairs
-    as one batch. The last expectation is over the exact mixture at the first knot. At most one draw per step.
+    as one batch. The last expectation is over the exact mixture at the first knot. At most two draws per step, and no
+    memory.
     """
     from scipy.interpolate import make_interp_spline
 
     bound = solver.bind(knots)
-    if solver.stochastic:
-        z, w = gauss_hermite()
-    else:
-        z, w = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    count = draws_of(rev, solver, grid=list(knots[:2]))
+    nodes, w = gauss_hermite(_HERMITE_NODES if count < 2 else 11)
+    z = torch.cartesian_prod(*[nodes] * count).reshape(-1, count) if count else torch.zeros(1, 0, dtype=torch.float64)
+    w = torch.cartesian_prod(*[w] * count).reshape(-1, count).prod(1) if count else torch.ones(1, dtype=torch.float64)
     ladder = torch.linspace(-8.0, 8.0, points, dtype=torch.float64)
 
     def nodes_at(knot: Knot) -> Tensor:
@@ -289,8 +292,7 @@ def nonlinear_weak_error(
     for t, s in reversed(list(itertools.pairwise(knots))):
         x = nodes_at(t)
         batch = x[:, None].expand(-1, len(z)).reshape(-1).clone()
-        noise = z.expand(len(x), -1).reshape(-1).clone()
-        draw = Recorded([noise]).bind(batch)
+        draw = Recorded([z[:, k].expand(len(x), -1).reshape(-1).clone() for k in range(count)]).bind(batch)
         take = bound.finish if s.is_data else bound.step
         landed = take(rev, batch, t, s, (), draw).x
         averaged = (value(landed).reshape(len(x), len(z), -1) * w[:, None]).sum(1)
@@ -306,6 +308,42 @@ def nonlinear_weak_error(
 
 def _from_spline(spline: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(spline(x.numpy()))
+
+
+def remembers(solver: Solver, rev: ReverseSDE, knots: Sequence[Knot]) -> bool:
+    """Whether a step leaves something for the next to read: more than a Markov kernel in x."""
+    x = torch.zeros(2, dtype=torch.float64)
+    return len(solver.bind(knots).step(rev, x, knots[0], knots[1], (), CountingNoise().bind(x)).past) > 0
+
+
+def tree_weak_error(
+    data: GaussianMixture, rev: ReverseSDE, solver: Solver, knots: Sequence[Knot], nodes: int, start: int = 9
+) -> Tensor:
+    """Errors of E[f(x_end)] for every test function and any solver: all paths of Gauss-Hermite nodes as one batch.
+
+    Every draw takes `nodes` values, so a run of n draws is nodes^n rows for each of `start` nodes per component of the
+    exact law at the first knot. With three nodes moments are right up to the fifth, which is what weak order 2 needs.
+    """
+    draws = draws_of(rev, solver, grid=knots)
+    z, w = gauss_hermite(nodes)
+    z_0, w_0 = gauss_hermite(start)
+    alpha, sigma = float(knots[0].alpha), float(knots[0].sigma)
+    std = (alpha**2 * data._variances[:, 0] + sigma**2).sqrt()
+    x_0 = (alpha * data._means[:, 0, None] + std[:, None] * z_0).reshape(-1)
+    weight = (data._log_weights.exp()[:, None] * w_0).reshape(-1)
+    paths = nodes**draws
+    x = x_0.repeat_interleave(paths)
+    weight = weight.repeat_interleave(paths)
+    index = torch.arange(paths)
+    noise = []
+    for k in range(draws):
+        digit = (index // nodes**k % nodes).repeat(len(x_0))
+        noise.append(z[digit])
+        weight = weight * w[digit]
+    end = solve(rev, x, solver, grid=list(knots), rng=Recorded(noise)).x
+    return torch.stack(
+        [(weight * fn(end)).sum() - mixture_expectation(data, knots[-1], fn) for fn in TEST_FUNCTIONS.values()]
+    )
 
 
 # --- the probability-flow map on the line ---------------------------------------------------------------------------
@@ -364,12 +402,19 @@ def solver_cases() -> dict[str, Solver]:
         AdaptiveRungeKutta,
         Ancestral,
         AnnealedLangevin,
+        DPMpp2M,
+        DPMpp3M,
+        DPMSolver3,
         EulerMaruyama,
         Heun,
         Langevin,
+        Multistep,
         PredictorCorrector,
         ReverseDiffusion,
         RungeKutta,
+        SASolver,
+        SingleStep,
+        UniPC,
     )
 
     cases: dict[str, Solver] = {name: cls() for name, cls in SOLVERS.items()}
@@ -388,6 +433,23 @@ def solver_cases() -> dict[str, Solver]:
         "bogacki_shampine/angle": RungeKutta(tableau="bogacki_shampine", coordinate="angle"),
         "adaptive/bs": AdaptiveRungeKutta(tableau="bogacki_shampine"),
         "adaptive/heun": AdaptiveRungeKutta(tableau="heun", rtol=1e-3, atol=1e-3),
+        "dpmpp_2m/midpoint": DPMpp2M(midpoint=True),
+        "dpmpp_3m/published": DPMpp3M(half_d2=True, midpoint=True, starter="ramp"),
+        "dpmpp_3m/ramp": DPMpp3M(starter="ramp"),
+        "multistep/lower_final": Multistep(predictor=3, lower_final=True),
+        "multistep/one": Multistep(predictor=1),
+        "unipc/noise": UniPC(prediction="noise"),
+        "unipc/v": UniPC(prediction="v", variable="angle"),
+        "unipc/2": UniPC(predictor=2, corrector=3, midpoint=True),
+        "unipc/flow": UniPC(predictor=2, corrector=2, prediction="flow", variable="noise_share"),
+        "unipc/5": UniPC(predictor=4, corrector=5, prediction="v", variable="angle"),
+        "sa_solver/noise": SASolver(prediction="noise", predictor=2, corrector=2, tau=0.7),
+        "sa_solver/interval": SASolver(tau_min=0.3, tau_max=3.0),
+        "dpm_solver_3/taylor": DPMSolver3(all_stages=True),
+        "seeds_2/noise": SingleStep(prediction="noise", tau=0.5),
+        "pc/unipc": PredictorCorrector(predictor=UniPC(), corrector="annealed_langevin"),
+        "pc/dpmpp_3m": PredictorCorrector(predictor=DPMpp3M(), corrector="annealed_langevin", corrector_first=True),
+        "pc/unipc+none": PredictorCorrector(predictor=UniPC(), corrector=None),
         "pc/langevin": PredictorCorrector(corrector="langevin"),
         "pc/first": PredictorCorrector(corrector="langevin", corrector_first=True),
         "pc/ald": PredictorCorrector(predictor="ancestral", corrector=AnnealedLangevin(snr=0.1, steps=2)),
@@ -434,6 +496,8 @@ __all__ = [
     "observed_order",
     "quantiles",
     "relative",
+    "remembers",
     "solver_cases",
     "times_of",
+    "tree_weak_error",
 ]
