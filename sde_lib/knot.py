@@ -95,11 +95,11 @@ class Knot:
 
     def spread(self, value: Real | int, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """`value` (of this knot) as a (B,) tensor on the device of `x`: what networks are called with."""
-        if dtype is None:
-            dtype = x.dtype if x.dtype.itemsize >= 4 else torch.float32
+        if dtype is None and x.dtype not in _WIDE:
+            dtype = torch.float32
         if isinstance(value, Tensor):
-            return value.reshape(-1).to(dtype)
-        return torch.full((x.shape[0],), value, dtype=dtype, device=x.device)
+            return value.reshape(-1).to(dtype or x.dtype)
+        return x.new_full((len(x),), value) if dtype is None else x.new_full((len(x),), value, dtype=dtype)
 
     def select(self, rows: Tensor) -> Knot:
         """The knot of the given rows (an index or mask over samples)."""
@@ -113,6 +113,8 @@ class Knot:
             pick(self.t), pick(self.alpha), pick(self.sigma), pick(self.half_log_snr), pick(self.label), self.law
         )
 
+
+_WIDE = (torch.float32, torch.float64)
 
 DATA = Knot(t=0.0, alpha=1.0, sigma=0.0, half_log_snr=math.inf, label=-1)
 """The noise-free end: alpha = 1, sigma = 0."""

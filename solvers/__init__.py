@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from solvers.adaptive import AdaptiveRungeKutta
 from solvers.coordinates import COORDINATES, Angle, Coordinate, HalfLogSNR, NoiseRatio, Time
 from solvers.external import SciPyODE, TorchDiffEq, TorchSDE
-from solvers.first_order import DDIM, Ancestral, EulerMaruyama, ReverseDiffusion
+from solvers.first_order import (
+    DDIM,
+    ERSDE,
+    AnalyticAncestral,
+    Ancestral,
+    EulerMaruyama,
+    ReverseDiffusion,
+    denoising_error,
+)
 from solvers.grids import (
     GRIDS,
     Geometric,
@@ -40,6 +48,7 @@ SOLVERS: Mapping[str, type[Solver]] = {
     "reverse_diffusion": ReverseDiffusion,
     "ancestral": Ancestral,
     "ddim": DDIM,
+    "er_sde": ERSDE,
     "predictor_corrector": PredictorCorrector,
     "heun": Heun,
     "midpoint": Midpoint,
@@ -72,12 +81,14 @@ __all__ = [
     "CORRECTORS",
     "DDIM",
     "DEIS",
+    "ERSDE",
     "GRIDS",
     "RK4",
     "SEEDS2",
     "SOLVERS",
     "TABLEAUX",
     "AdaptiveRungeKutta",
+    "AnalyticAncestral",
     "Ancestral",
     "Angle",
     "AnnealedLangevin",
@@ -133,6 +144,7 @@ __all__ = [
     "UniformHalfLogSNR",
     "UniformTime",
     "as_draw",
+    "denoising_error",
     "make_knots",
     "sample",
     "solve",

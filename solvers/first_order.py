@@ -8,13 +8,17 @@ Each class states (a, b, c) for a step from t to s, straight from its equation; 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from sde_lib import Knot, noise_fraction, posterior, transition
+from sde_lib import Knot, ReverseSDE, noise_fraction, posterior, transition
 from sde_lib import _math as m
 from sde_lib._math import Real
 from solvers.noise import Draw
@@ -130,6 +134,94 @@ class Ancestral(FirstOrder):
         post = posterior(s, t)
         std = post.std if self.variance == "small" else transition(s, t).std
         return post.x_t * t.alpha + post.x_0, post.x_t * t.sigma, std
+
+
+@dataclass(frozen=True)
+class ERSDE(FirstOrder):
+    r"""ER-SDE-Solver-1: DDIM's step with as much noise as an extended reverse SDE with kernel phi leaves.
+
+    :math:`\kappa = 1 - r^2`, :math:`r = \phi(u_s) u_t / (\phi(u_t) u_s)` with :math:`u = \sigma / \alpha` and
+    :math:`\phi(u) = u\,(e^{u^{0.3}} + 10)`: much noise where u is large, little near the data. Weak order 1.
+
+    Source: Cui et al. 2023, arXiv:2309.06169: the first-order solver, with the noise function of the authors' code.
+    """
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def coefficients(self, t: Knot, s: Knot) -> tuple[Real, Real, Real]:
+        log_10 = math.log(10.0)
+        high, low = (m.softplus(m.exp(-0.3 * k.half_log_snr) - log_10) for k in (t, s))
+        kept = m.exp(low - high)
+        return s.alpha, s.sigma * kept, s.sigma * m.sqrt(-m.expm1(2.0 * (low - high)))
+
+
+@dataclass(frozen=True)
+class AnalyticAncestral(FirstOrder):
+    r"""Ancestral sampling with the optimal isotropic covariance (Analytic-DPM).
+
+    The reverse transition of a chain has the posterior's variance *plus* what is not known of x_0:
+    :math:`\mathrm{std}^2 + c_0^2\, \gamma_t` with :math:`c_0` the posterior's weight of x_0 and
+    :math:`\gamma_t = E\,\mathrm{tr}\,\mathrm{Cov}(x_0 | x_t) / d`, which `denoising_error` measures. With isotropic
+    Gaussian data the step is exact in law, however long; "small" and "large" variances are its limits for data at a
+    point and white data.
+
+    Source: Bao et al. 2022, arXiv:2201.06503, Theorem 1. Deviation: gamma from the denoising error of data, which is
+    positive by itself, not from the norm of the score.
+
+    Args:
+        half_log_snr: lambda where gamma was measured, increasing.
+        gamma: gamma there, >= 0; the logarithm is interpolated linearly in lambda and kept constant outside.
+    """
+
+    half_log_snr: tuple[float, ...]
+    gamma: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        lams, gammas = tuple(map(float, self.half_log_snr)), tuple(map(float, self.gamma))
+        if not lams or len(lams) != len(gammas) or any(b <= a for a, b in itertools.pairwise(lams)):
+            raise ValueError("`half_log_snr` must increase, with one `gamma` each.")
+        if not all(0 <= g < math.inf for g in gammas):
+            raise ValueError("`gamma` must be finite and >= 0.")
+        object.__setattr__(self, "half_log_snr", lams)
+        object.__setattr__(self, "gamma", gammas)
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def unknown(self, lam: Real) -> Real:
+        """gamma at lambda."""
+        logs = np.log(np.maximum(self.gamma, 1e-300))
+        if isinstance(lam, Tensor):
+            values = np.exp(np.interp(lam.detach().cpu().numpy(), self.half_log_snr, logs))
+            return torch.from_numpy(values).to(lam)
+        return float(np.exp(np.interp(lam, self.half_log_snr, logs)))
+
+    def coefficients(self, t: Knot, s: Knot) -> tuple[Real, Real, Real]:
+        post = posterior(s, t)
+        std = m.sqrt(post.std * post.std + post.x_0 * post.x_0 * self.unknown(t.half_log_snr))
+        return post.x_t * t.alpha + post.x_0, post.x_t * t.sigma, std
+
+
+def denoising_error(rev: ReverseSDE, x_0: Tensor, half_log_snr: Sequence[float], seed: int = 0) -> tuple[float, ...]:
+    r"""gamma for `AnalyticAncestral`: :math:`E\|x_0 - \hat x_0(x_t)\|^2 / d` at each lambda, by one draw per sample.
+
+    Args:
+        rev: reverse SDE with continuous time.
+        x_0: data in model units, (B, *D).
+        half_log_snr: where to measure.
+        seed: of the noise.
+    """
+    generator = torch.Generator(x_0.device).manual_seed(seed)
+    out = []
+    with torch.no_grad():
+        for lam in half_log_snr:
+            knot = rev.law.knot_at(float(lam))
+            z = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype, device=x_0.device)
+            out.append(float((rev(knot.alpha * x_0 + knot.sigma * z, knot).data - x_0).square().mean()))
+    return tuple(out)
 
 
 @dataclass(frozen=True)
