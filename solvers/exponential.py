@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sde_lib import Knot, Prediction
@@ -250,7 +251,7 @@ class Interpolation:
     def weights(self, t: Knot, s: Knot, knots: Sequence[Knot], base: int, tau2: Real = 0.0) -> Sequence[Real]:
         """w_j for a step from t to s with the prediction known at `knots`, of which number `base` is t."""
         lams = [k.half_log_snr for k in knots]
-        if isinstance(t.half_log_snr, float):
+        if isinstance(t.half_log_snr, float) and not torch.compiler.is_compiling():
             return _cached(self, base, tau2, s.alpha, s.sigma, s.half_log_snr, *lams)
         return _weights(self, base, tau2, End(s.alpha, s.sigma, s.half_log_snr), lams)
 

@@ -32,9 +32,12 @@ class Grid:
         end = law.t_min if self.t_end is None else float(self.t_end)
         if start == end:
             raise ValueError(f"The grid starts and ends at t = {start}; give different `t_start` and `t_end`.")
+        return [start, *self._inner(law, start, end, steps), end]
+
+    def _inner(self, law: SDE, start: float, end: float, steps: int) -> list[float]:
+        """The steps - 1 times between the ends."""
         a, b = self._forward(law, start), self._forward(law, end)
-        inner = [self._inverse(law, a + (b - a) * i / steps) for i in range(1, steps)]
-        return [start, *inner, end]
+        return [self._inverse(law, a + (b - a) * i / steps) for i in range(1, steps)]
 
     def _start(self, law: SDE, needs_drift: bool) -> float:
         return law.drift_t_max if needs_drift else law.t_max
@@ -146,6 +149,283 @@ class UniformAngle(Grid):
         return law.time_at(-math.log(math.tan(u) * self.sigma_data))
 
 
+@dataclass(frozen=True)
+class Blended(Grid):
+    r"""Equal steps in a mixture of lambda and the angle, each scaled to the range of the run.
+
+    :math:`w = (1 - m)\, \frac{\lambda - \lambda_0}{\lambda_1 - \lambda_0}
+    + m\, \frac{\theta - \theta_0}{\theta_1 - \theta_0}` with :math:`\theta = \arctan(\sigma / \alpha\sigma_d)`. Equal
+    steps in lambda resolve the noise levels where fine structure forms, equal steps in the angle those where most of
+    the variance turns from noise into data. `recommend` uses it.
+
+    Starts where lambda is finite: at t = 0.999 on the flow SDE.
+
+    Args:
+        t_start: see `Grid`.
+        t_end: see `Grid`.
+        mix: m in [0, 1]: 0 is `UniformHalfLogSNR`, 1 `UniformAngle`.
+        sigma_data: standard deviation of the data.
+    """
+
+    mix: float = 0.5
+    sigma_data: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("sigma_data", self.sigma_data)
+        if not 0 <= self.mix <= 1:
+            raise ValueError(f"`mix` must lie in [0, 1], got {self.mix}.")
+
+    def _start(self, law: SDE, needs_drift: bool) -> float:
+        return law.drift_t_max
+
+    def _inner(self, law: SDE, start: float, end: float, steps: int) -> list[float]:
+        shift = math.log(self.sigma_data)
+        first, last = law.half_log_snr(start), law.half_log_snr(end)
+        # theta_first - theta as one arctangent of a quotient: no difference of nearly equal angles
+        a = math.exp(-first - shift)
+
+        def turned(lam: float) -> float:
+            b = math.exp(-lam - shift)
+            return math.atan2(a - b, 1.0 + a * b)
+
+        of_lambda, of_angle = (1.0 - self.mix) / (last - first), self.mix / turned(last)
+        lams = []
+        low = first
+        for i in range(1, steps):
+            w, high = i / steps, last
+            for _ in range(200):  # bisection, to the last bit
+                lam = 0.5 * (low + high)
+                if lam in (low, high):
+                    break
+                below = of_lambda * (lam - first) + of_angle * turned(lam) < w
+                low, high = (lam, high) if below else (low, lam)
+            lams.append(low)
+        return [law.time_at(lam) for lam in lams]
+
+
+@dataclass(frozen=True)
+class Polyexponential(Grid):
+    r"""Equal steps in :math:`(\lambda_{max} - \lambda)^{1/\rho}`: for rho > 1 they crowd at low noise.
+
+    k-diffusion's "polyexponential" spacing of log sigma; rho = 1 is `UniformHalfLogSNR`. Starts where lambda is finite.
+
+    Args:
+        t_start: see `Grid`.
+        t_end: see `Grid`.
+        rho: > 0.
+    """
+
+    rho: float = 1.5
+
+    def __post_init__(self) -> None:
+        check_positive("rho", self.rho)
+
+    def _start(self, law: SDE, needs_drift: bool) -> float:
+        return law.drift_t_max
+
+    def _inner(self, law: SDE, start: float, end: float, steps: int) -> list[float]:
+        first, last = (law.half_log_snr(t) for t in (start, end))
+        clean = max(first, last)
+        fractions = [i / steps for i in range(1, steps)]
+        if last < first:  # upward: the same times
+            fractions = [1.0 - u for u in fractions]
+        return [law.time_at(clean - (1.0 - u) ** self.rho * abs(last - first)) for u in fractions]
+
+
+@dataclass(frozen=True)
+class Cosine(Grid):
+    r"""Equal steps in the time of the cosine schedule (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17), on any SDE.
+
+    There :math:`\bar\alpha(\tau) = \cos^2(\tfrac\pi2 \tfrac{\tau + s}{1 + s}) / \cos^2(\tfrac\pi2 \tfrac{s}{1 + s})`;
+    a level of the law lies at the tau with :math:`\bar\alpha = \alpha^2 / (\alpha^2 + \sigma^2)`. Nearly equal steps in
+    the angle; finite at both ends of every law.
+
+    Args:
+        t_start: see `Grid`.
+        t_end: see `Grid`.
+        offset: s, > 0; 0.008 in the paper.
+    """
+
+    offset: float = 0.008
+
+    def __post_init__(self) -> None:
+        check_positive("offset", self.offset)
+
+    @property
+    def _first(self) -> float:
+        return 0.5 * math.pi * self.offset / (1.0 + self.offset)
+
+    def _forward(self, law: SDE, t: float) -> float:
+        # cos a = c cos b by sines: arccos near 1 would lose half the digits
+        alpha, sigma, b = law.alpha(t), law.sigma(t), self._first
+        r = math.hypot(alpha, sigma)
+        cosine, sine = alpha / r, sigma / r
+        return math.atan2(math.hypot(sine, cosine * math.sin(b)), cosine * math.cos(b)) - b
+
+    def _inverse(self, law: SDE, u: float) -> float:
+        # sin^2 of the law's angle: 1 - (cos(u + b) / cos b)^2 = sin(u) sin(u + 2 b) / cos^2 b
+        b = self._first
+        sine = math.sqrt(math.sin(u) * math.sin(u + 2.0 * b)) / math.cos(b)
+        return law.time_at(math.log(math.cos(u + b) / math.cos(b) / sine))
+
+
+@dataclass(frozen=True)
+class Beta(Grid):
+    """Quantiles of a Beta(a, b) distribution over [t_min, t_max]: steps crowd at both ends for a, b < 1.
+
+    Lee et al. 2024, "Beta Sampling is All You Need", arXiv:2407.12173. Loaded with SciPy.
+
+    Args:
+        t_start: see `Grid`.
+        t_end: see `Grid`.
+        a: > 0; 0.6 in the paper.
+        b: > 0; 0.6 in the paper.
+    """
+
+    a: float = 0.6
+    b: float = 0.6
+
+    def __post_init__(self) -> None:
+        check_positive("a", self.a)
+        check_positive("b", self.b)
+
+    def _forward(self, law: SDE, t: float) -> float:
+        from scipy.special import betainc
+
+        return float(betainc(self.a, self.b, (t - law.t_min) / (law.t_max - law.t_min)))
+
+    def _inverse(self, law: SDE, u: float) -> float:
+        from scipy.special import betaincinv
+
+        return law.t_min + (law.t_max - law.t_min) * float(betaincinv(self.a, self.b, u))
+
+
+@dataclass(frozen=True)
+class Shifted(Grid):
+    r"""Rectified flow's equal steps, shifted to higher noise: :math:`w = k u / (1 + (k - 1) u)`, on any SDE.
+
+    w = sigma / (alpha + sigma) is the time of rectified flow and u is spaced equally (Esser et al. 2024,
+    arXiv:2403.03206, eq. 23). The resolution-dependent shift exp(mu) of later models is ``Shifted(shift=exp(mu))``.
+    Finite at both ends of every law.
+
+    Args:
+        t_start: see `Grid`.
+        t_end: see `Grid`.
+        shift: k, > 0; 1 is no shift, 3 the paper's value for large images.
+    """
+
+    shift: float = 3.0
+
+    def __post_init__(self) -> None:
+        check_positive("shift", self.shift)
+
+    def _forward(self, law: SDE, t: float) -> float:
+        alpha, sigma = law.alpha(t), law.sigma(t)
+        return sigma / (sigma + self.shift * alpha)
+
+    def _inverse(self, law: SDE, u: float) -> float:
+        return law.time_at(math.log((1.0 - u) / (self.shift * u)))
+
+
+class _Table(Grid):
+    """Base of grids that are a list of noise levels sigma / alpha, interpolated in its logarithm."""
+
+    def _levels(self) -> Sequence[float]:
+        """log(sigma / alpha), decreasing."""
+        raise NotImplementedError
+
+    def _start(self, law: SDE, needs_drift: bool) -> float:
+        return law.drift_t_max
+
+    def _inner(self, law: SDE, start: float, end: float, steps: int) -> list[float]:
+        high, low = sorted((-law.half_log_snr(start), -law.half_log_snr(end)), reverse=True)
+        levels = self._fitted(list(self._levels()), high, low)
+        out = []
+        for i in range(1, steps):
+            place = (len(levels) - 1) * i / steps
+            k = min(int(place), len(levels) - 2)
+            out.append(law.time_at(-(levels[k] + (place - k) * (levels[k + 1] - levels[k]))))
+        return out if law.half_log_snr(start) < law.half_log_snr(end) else out[::-1]
+
+    def _fitted(self, levels: list[float], high: float, low: float) -> list[float]:
+        """The levels over the range of the run."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class IDDPM(_Table):
+    r"""The noise levels of the iDDPM models as Karras et al. 2022 (arXiv:2206.00364, Table 1) write them.
+
+    :math:`u_{j-1} = \sqrt{(u_j^2 + 1) / \max(\bar\alpha_{j-1} / \bar\alpha_j, C_1) - 1}`, :math:`u_M = 0`, with
+    :math:`\bar\alpha_j = \sin^2(\tfrac\pi2 \tfrac{j}{M (1 + C_2)})`: equal steps in j over the levels within the run's
+    range, whose ends are the run's own. Between levels log u is interpolated, where the paper rounds to the next one.
+
+    Args:
+        t_start: see `Grid`.
+        t_end: see `Grid`.
+        levels: M, 1000 in the paper.
+        c_1: C_1, 0.001 in the paper: limits the largest step.
+        c_2: C_2, 0.008 in the paper: the cosine schedule's offset.
+    """
+
+    levels: int = 1000
+    c_1: float = 0.001
+    c_2: float = 0.008
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.levels, int) or self.levels < 2:
+            raise ValueError(f"`levels` must be an int >= 2, got {self.levels!r}.")
+        check_positive("c_1", self.c_1)
+        check_positive("c_2", self.c_2)
+
+    def _levels(self) -> Sequence[float]:
+        def alpha_bar(j: int) -> float:
+            return math.sin(0.5 * math.pi * j / (self.levels * (1.0 + self.c_2))) ** 2
+
+        u, out = 0.0, []
+        for j in range(self.levels, 0, -1):
+            u = math.sqrt((u * u + 1.0) / max(alpha_bar(j - 1) / alpha_bar(j), self.c_1) - 1.0)
+            out.append(math.log(u))
+        return out[::-1]
+
+    def _fitted(self, levels: list[float], high: float, low: float) -> list[float]:
+        inside = [u for u in levels if low < u < high]
+        return [high, *inside, low]
+
+
+_SD = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
+_SVD = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
+AYS_TABLES: Mapping[str, tuple[float, ...]] = {"sd": _SD, "sdxl": _SDXL, "svd": _SVD}
+"""Noise levels sigma / alpha of 10 steps, optimized for Stable Diffusion 1.5, XL and Stable Video Diffusion."""
+
+
+@dataclass(frozen=True)
+class AlignYourSteps(_Table):
+    """Published optimized noise levels (Sabour et al. 2024, arXiv:2404.14507, appendix), for ten steps.
+
+    For other step counts log sigma is interpolated linearly in the step number, as the authors say. On a law with
+    another range the table is stretched in lambda to the law's ends: an optimum of its own model only.
+
+    Args:
+        t_start: see `Grid`.
+        t_end: see `Grid`.
+        table: "sd", "sdxl" or "svd".
+    """
+
+    table: str = "sd"
+
+    def __post_init__(self) -> None:
+        lookup(AYS_TABLES, self.table, "table")
+
+    def _levels(self) -> Sequence[float]:
+        return [math.log(u) for u in AYS_TABLES[self.table]]
+
+    def _fitted(self, levels: list[float], high: float, low: float) -> list[float]:
+        scale = (high - low) / (levels[0] - levels[-1])
+        return [high, *(low + (u - levels[-1]) * scale for u in levels[1:-1]), low]
+
+
 GRIDS: Mapping[str, type[Grid]] = {
     "uniform_time": UniformTime,
     "quadratic": Quadratic,
@@ -153,6 +433,13 @@ GRIDS: Mapping[str, type[Grid]] = {
     "uniform_half_log_snr": UniformHalfLogSNR,
     "karras": Karras,
     "uniform_angle": UniformAngle,
+    "blended": Blended,
+    "polyexponential": Polyexponential,
+    "cosine": Cosine,
+    "iddpm": IDDPM,
+    "beta": Beta,
+    "shifted": Shifted,
+    "align_your_steps": AlignYourSteps,
 }
 """Name -> class. A new grid is one class and one line here."""
 

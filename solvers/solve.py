@@ -32,6 +32,7 @@ def solve(
     trajectory: bool = False,
     strict: bool = False,
     differentiable: bool = False,
+    check: bool = True,
 ) -> Solution:
     """Carry a state along a grid: from the prior down to the data, or upward (inversion) with a deterministic solver.
 
@@ -52,6 +53,9 @@ def solve(
         trajectory: keep the states at all knots.
         strict: raise `SolverError` if any sample fails, instead of warning and reporting its `status`.
         differentiable: record the run for autograd; by default nothing is.
+        check: look whether the result is finite, the one time the host waits for the device. Without it a fixed-step
+            run can be captured as a CUDA graph or compiled whole, and `status` does not know of samples that are not
+            finite.
 
     Returns:
         The `Solution`. A failed run is replayed on the same noise to name the step and the quantity in its message.
@@ -64,7 +68,9 @@ def solve(
     check_state("x_T", x_T)
     solver, knots = _plan(rev, solver, steps, nfe, grid, end)
     draw = as_draw(rng, x_T)
-    return _run(rev, x_T, solver, knots, draw, condition, project, callback, trajectory, strict, differentiable)
+    if strict and not check:
+        raise ValueError("`strict` needs `check`: without a look at the result there is nothing to be strict about.")
+    return _run(rev, x_T, solver, knots, draw, condition, project, callback, trajectory, strict, differentiable, check)
 
 
 def sample(
@@ -162,15 +168,16 @@ def _run(
     trajectory: bool,
     strict: bool,
     differentiable: bool,
+    check: bool,
 ) -> Solution:
     if condition:
         rev = rev.given(**condition)
     hooks = Hooks(project, callback, trajectory)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         outcome = solver.run(rev, x, knots, draw, hooks)
-        status = _status(outcome)
+        status = _status(outcome, check)
         message = outcome.message
-        if not message and bool((status != Status.OK).any()):
+        if check and not message and bool((status != Status.OK).any()):
             message = _explain(rev, x, solver, knots, draw, project)
     if message:
         if strict:
@@ -189,10 +196,12 @@ def _run(
     )
 
 
-def _status(outcome: Outcome) -> Tensor:
+def _status(outcome: Outcome, check: bool) -> Tensor:
     """The one check of a run: a single look at the final state."""
+    status = torch.zeros(len(outcome.x), dtype=torch.int64) if outcome.status is None else outcome.status
+    if not check:
+        return status
     finite = torch.isfinite(outcome.x.detach()).reshape(len(outcome.x), -1).all(1).cpu()
-    status = torch.zeros(len(finite), dtype=torch.int64) if outcome.status is None else outcome.status
     return torch.where(finite, status, int(Status.NON_FINITE))
 
 

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import mpmath as mp
 import pytest
+import scipy.stats
 import torch
 from oracles import SDE_NAMES, make_sde
 
-from sde_lib import DATA, VPSDE
-from solvers import GRIDS, Geometric, Karras, Quadratic, UniformAngle, UniformHalfLogSNR, UniformTime, make_knots
+from sde_lib import DATA, EDMSDE, VPSDE
+from solvers import (
+    AYS_TABLES,
+    GRIDS,
+    IDDPM,
+    AlignYourSteps,
+    Beta,
+    Blended,
+    Cosine,
+    Geometric,
+    Karras,
+    Polyexponential,
+    Quadratic,
+    Shifted,
+    UniformAngle,
+    UniformHalfLogSNR,
+    UniformTime,
+    make_knots,
+)
 
 every_sde = pytest.mark.parametrize("name", SDE_NAMES)
 every_grid = pytest.mark.parametrize("grid", GRIDS)
@@ -33,13 +52,25 @@ def test_grids_are_monotone_and_hit_their_ends(grid, name, steps):
 
 
 @every_sde
-@every_grid
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g not in ("iddpm", "align_your_steps")])
 def test_grids_space_what_they_say(grid, name):
     """The spaced quantity has equal differences, computed from the times alone."""
     sde = make_sde(name)
     rule = GRIDS[grid]()
     low, high = sde.t_min, sde.drift_t_max
     times = [k.t for k in make_knots(sde, GRIDS[grid](t_start=high, t_end=low), 9)]
+
+    def share(lam: float, of: Callable[[float], float]) -> float:
+        """The part of the run's range of `of` that lies before lam."""
+        a, b = of(sde.half_log_snr(high)), of(sde.half_log_snr(low))
+        return (of(lam) - a) / (b - a)
+
+    def cosine_time(lam: float) -> float:
+        """tau of Nichol & Dhariwal's schedule, eq. 17, in 40 digits."""
+        with mp.workdps(40):
+            first = mp.pi / 2 * mp.mpf(0.008) / mp.mpf(1.008)
+            alpha = 1 / mp.sqrt(1 + mp.exp(-2 * mp.mpf(lam)))
+            return float(mp.acos(alpha * mp.cos(first)) - first)
 
     def spaced(t: float) -> float:
         lam = sde.half_log_snr(t)
@@ -50,6 +81,11 @@ def test_grids_space_what_they_say(grid, name):
             "uniform_half_log_snr": lambda: lam,
             "karras": lambda: math.exp(-lam / rule.rho),
             "uniform_angle": lambda: math.atan(math.exp(-lam)),
+            "blended": lambda: share(lam, lambda v: v) + share(lam, lambda v: math.atan(math.exp(-v))),
+            "polyexponential": lambda: max(0.0, sde.half_log_snr(low) - lam) ** (1 / 1.5),
+            "cosine": lambda: cosine_time(lam),
+            "beta": lambda: float(scipy.stats.beta(0.6, 0.6).cdf((t - sde.t_min) / (sde.t_max - sde.t_min))),
+            "shifted": lambda: 1 / (1 + 3 * math.exp(lam)),
         }[grid]()
 
     values = torch.tensor([spaced(t) for t in times], dtype=torch.float64)
@@ -67,6 +103,69 @@ def test_karras_formula():
             assert float(abs(t / (a + mp.mpf(i) / 17 * (b - a)) ** 7 - 1)) < 1e-13
     times = [k.t for k in make_knots(make_sde("edm"), Karras(rho=3.0, t_start=10.0, t_end=0.1), 4)]
     assert times[2] == pytest.approx(((10 ** (1 / 3) + 0.1 ** (1 / 3)) / 2) ** 3, rel=1e-13)
+
+
+@every_sde
+@pytest.mark.parametrize("sigma_data", [0.5, 2.0])
+def test_blended_ends_are_the_pure_grids(name, sigma_data):
+    """mix = 0 spaces lambda, mix = 1 the angle."""
+    sde = make_sde(name)
+    low, high = sde.t_min, sde.drift_t_max
+    for mix, other in ((0.0, UniformHalfLogSNR(high, low)), (1.0, UniformAngle(high, low, sigma_data))):
+        got = Blended(high, low, mix=mix, sigma_data=sigma_data).times(sde, 12)
+        assert got == pytest.approx(other.times(sde, 12), rel=1e-9)
+
+
+def test_polyexponential_formula():
+    """k-diffusion's ramp^rho between log sigma_max and log sigma_min; rho = 1 is uniform in lambda."""
+    sde = make_sde("edm")
+    got = Polyexponential(rho=2.5).times(sde, 8)
+    a, b = math.log(80.0), math.log(0.002)
+    want = [math.exp((1 - i / 8) ** 2.5 * (a - b) + b) for i in range(9)]
+    assert got == pytest.approx(want, rel=1e-12)
+    assert Polyexponential(rho=1.0).times(sde, 8) == pytest.approx(UniformHalfLogSNR().times(sde, 8), rel=1e-12)
+
+
+def test_iddpm_levels():
+    """Karras et al. 2022, Table 1: the recursion in 40 digits, at every level, when the steps are the levels."""
+    sde = make_sde("edm")
+    with mp.workdps(40):
+
+        def alpha_bar(j: int) -> mp.mpf:
+            return mp.sin(mp.pi / 2 * mp.mpf(j) / (1000 * (mp.mpf("0.008") + 1))) ** 2
+
+        u = [mp.mpf(0)]
+        for j in range(1000, 0, -1):
+            u.insert(0, mp.sqrt((u[0] ** 2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), mp.mpf("0.001")) - 1))
+        inside = [float(v) for v in u if 0.002 < v < 80]
+    got = IDDPM().times(sde, len(inside) + 1)
+    assert got == pytest.approx([80.0, *inside, 0.002], rel=1e-10)
+    # the paper's rounded steps lie next to the interpolated ones
+    coarse = IDDPM().times(sde, 17)
+    every = [80.0, *inside, 0.002]
+    for i, t in enumerate(coarse):
+        k = round((len(every) - 1) * i / 17)
+        assert every[min(k + 1, len(every) - 1)] <= t <= every[max(k - 1, 0)]
+
+
+@pytest.mark.parametrize("table", AYS_TABLES)
+def test_align_your_steps(table):
+    """Ten steps over the table's own range are the table; twenty pass through it; the levels are the models' own."""
+    levels = AYS_TABLES[table]
+    sde = EDMSDE(t_min=levels[-1], t_max=levels[0])
+    assert AlignYourSteps(table=table).times(sde, 10) == pytest.approx(levels, rel=1e-12)
+    twenty = AlignYourSteps(table=table).times(sde, 20)
+    assert twenty[::2] == pytest.approx(levels, rel=1e-12)
+    assert twenty[1] == pytest.approx(math.sqrt(levels[0] * levels[1]), rel=1e-12)
+    steps = {
+        "sd": (999, 850, 736, 645, 545, 455, 343, 233, 124, 24),
+        "sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
+    }
+    if table in steps:  # the published time steps of Stable Diffusion's schedule have these levels, to three digits
+        beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        kept = (1 - beta).cumprod(0)
+        sigma = ((1 - kept) / kept).sqrt()
+        assert list(levels[:10]) == pytest.approx([float(sigma[i]) for i in steps[table]], rel=0.02)
 
 
 @every_sde
@@ -148,6 +247,25 @@ def test_bad_rules():
             Karras(rho=bad)
         with pytest.raises(ValueError, match="sigma_data"):
             UniformAngle(sigma_data=bad)
+        with pytest.raises(ValueError, match="sigma_data"):
+            Blended(sigma_data=bad)
+        with pytest.raises(ValueError, match="shift"):
+            Shifted(shift=bad)
+        with pytest.raises(ValueError, match="rho"):
+            Polyexponential(rho=bad)
+        with pytest.raises(ValueError, match="offset"):
+            Cosine(offset=bad)
+        with pytest.raises(ValueError, match="`a`"):
+            Beta(a=bad)
+        with pytest.raises(ValueError, match="c_2"):
+            IDDPM(c_2=bad)
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match="mix"):
+            Blended(mix=bad)
+    with pytest.raises(ValueError, match="levels"):
+        IDDPM(levels=1)
+    with pytest.raises(ValueError, match="Did you mean"):
+        AlignYourSteps(table="sdx")
     with pytest.raises(ValueError, match="end"):
         make_knots(VPSDE(), None, 3, "denoised")
     with pytest.raises(ValueError, match="stop"):
@@ -163,8 +281,8 @@ def test_bad_rules():
 def test_singular_starts():
     """On the flow SDE, lambda- and ratio-spaced grids start where lambda is finite; angle and time start at t = 1."""
     sde = make_sde("flow")
-    for grid in (UniformHalfLogSNR(), Karras()):
+    for grid in (UniformHalfLogSNR(), Karras(), Blended(), Polyexponential(), IDDPM(), AlignYourSteps()):
         assert make_knots(sde, grid, 5)[0].t == sde.drift_t_max
-    for grid in (UniformTime(), UniformAngle(), Quadratic(), Geometric()):
+    for grid in (UniformTime(), UniformAngle(), Quadratic(), Geometric(), Cosine(), Beta(), Shifted()):
         assert make_knots(sde, grid, 5)[0].t == 1.0
         assert make_knots(sde, grid, 5, needs_drift=True)[0].t == sde.drift_t_max
