@@ -12,7 +12,6 @@ from torch import Tensor
 from sde_lib import Knot, Law, lookup
 from sde_lib._checks import check_positive
 from sde_lib._math import Real
-from solvers.first_order import DDIM, Ancestral, EulerMaruyama, ReverseDiffusion
 from solvers.noise import Draw
 from solvers.solver import Past, Solver, Step, without_ahead
 
@@ -117,13 +116,12 @@ class AnnealedLangevin(Corrector):
 CORRECTORS: Mapping[str, type[Corrector]] = {"langevin": Langevin, "annealed_langevin": AnnealedLangevin}
 """Name -> class."""
 
-PREDICTORS: Mapping[str, type[Solver]] = {
-    "euler_maruyama": EulerMaruyama,
-    "reverse_diffusion": ReverseDiffusion,
-    "ancestral": Ancestral,
-    "ddim": DDIM,
-}
-"""Predictors that a config may name; any fixed-step solver will do in code."""
+
+def predictors() -> Mapping[str, type[Solver]]:
+    """Name -> class of what may predict: every fixed-step solver of the table."""
+    from solvers import SOLVERS  # the table holds this module's class too
+
+    return {name: cls for name, cls in SOLVERS.items() if not cls.adaptive and cls is not PredictorCorrector}
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ class PredictorCorrector(Solver):
     def __post_init__(self) -> None:
         predictor, corrector = self.predictor, self.corrector
         if isinstance(predictor, str):
-            predictor = lookup(PREDICTORS, predictor, "predictor")()
+            predictor = lookup(predictors(), predictor, "predictor")()
         if isinstance(corrector, str):
             corrector = lookup(CORRECTORS, corrector, "corrector")()
         if predictor is not None and (not isinstance(predictor, Solver) or predictor.adaptive):

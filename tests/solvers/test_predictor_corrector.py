@@ -23,9 +23,10 @@ from solvers import (
     sample,
     solve,
 )
-from solvers.predictor_corrector import PREDICTORS
+from solvers.predictor_corrector import predictors
 
 every_sde = pytest.mark.parametrize("name", SDE_NAMES)
+PREDICTORS = predictors()
 PAIRS = [p for p in itertools.product([*PREDICTORS, None], [*CORRECTORS, None]) if p != (None, None)]
 
 
@@ -40,9 +41,13 @@ def test_every_combination_on_every_sde(predictor, corrector, first, name):
     out = sample(spy, (3, 2), solver, steps=8, grid="karras", rng=0, dtype=torch.float64, strict=True)
     assert len(spy.log) == solver.nfe(8, "denoise") == int(out.nfe[0]) and torch.isfinite(out.x).all()
     if not solver.needs_drift:
-        chain = sde.discretize(40)
-        out = sample(mixture((2,)).reverse(chain), (3, 2), solver, steps=8, rng=0, dtype=torch.float64, strict=True)
-        assert torch.isfinite(out.x).all()
+        chain = mixture((2,)).reverse(sde.discretize(40))
+        try:
+            out = sample(chain, (3, 2), solver, steps=8, rng=0, dtype=torch.float64, strict=True)
+        except ValueError as error:  # a method with stages between the knots
+            assert "no times between its levels" in str(error) and PREDICTORS[predictor]().nfe_per_step > 2
+        else:
+            assert torch.isfinite(out.x).all()
 
 
 def test_order_of_calls():
