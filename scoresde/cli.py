@@ -59,6 +59,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--given-class", action="store_true", help="condition on the classes: log p(x | class)")
     p.add_argument("--out", metavar="FILE", help="write the figures as JSON")
 
+    p = command("compare", _compare, "Compare solvers on a trained model, or on a toy whose score is known exactly.")
+    _from_run(p, required=False)
+    p.add_argument("--solvers", required=True, metavar="LIST", help=_SOLVERS)
+    p.add_argument("--nfe", default="5,10,20,50", metavar="LIST", help="budgets of network calls (default: 5,10,20,50)")
+    p.add_argument("--rtol", default="1e-1,1e-2,1e-3", metavar="LIST", help="tolerances of adaptive solvers")
+    p.add_argument("--grid", metavar="GRID", help="grid of solvers without their own (default: karras)")
+    p.add_argument("--n", type=int, default=256, metavar="N", help="samples per repetition (default: 256)")
+    p.add_argument("--repetitions", type=int, default=3, metavar="N", help="with other noise each (default: 3)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="starts and noise")
+    p.add_argument("--float64", action="store_true", help="double precision states (networks stay as they are)")
+    p.add_argument("--out", metavar="DIR", help="where results go (default: compare in the run, or here)")
+    p.add_argument("--restart", action="store_true", help="start anew instead of going on with what DIR holds")
+
     p = command("demo", _demo, "Train on handwritten digits, then sample, compare solvers and score held-out data.")
     p.add_argument("--config", default="digits_vp", metavar="NAME", help="configuration (default: digits_vp)")
     p.add_argument("--workdir", default="runs/demo", metavar="DIR", help="where results go (default: runs/demo)")
@@ -67,8 +80,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _from_run(p: argparse.ArgumentParser) -> None:
-    source = p.add_mutually_exclusive_group(required=True)
+_SOLVERS = (
+    "comma-separated names with options and grids: heun,dpmpp_3m@uniform_half_log_snr,ddim(eta=0.5)@karras(rho=5); "
+    "`recommended` is the best measured one for each budget"
+)
+
+
+def _from_run(p: argparse.ArgumentParser, required: bool = True) -> None:
+    source = p.add_mutually_exclusive_group(required=required)
     source.add_argument("--workdir", metavar="DIR", help="folder of a run: its newest checkpoint")
     source.add_argument("--checkpoint", metavar="PATH", help="a checkpoint folder, or a .safetensors file")
     p.add_argument("--config", metavar="NAME", help="configuration (default: the one of the run)")
@@ -231,6 +250,59 @@ def _likelihood(arguments: argparse.Namespace, overrides: list[str]) -> None:
             "what": result.what,
         }
         Path(arguments.out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _compare(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    import torch
+
+    from scoresde import config
+    from scoresde.comparison import compare
+    from scoresde.comparison.specs import parse_grid
+
+    options: dict[str, Any] = {"dtype": torch.float64 if arguments.float64 else torch.float32}
+    if arguments.workdir or arguments.checkpoint:
+        problem: Any
+        settings, problem, _ = _run(arguments, overrides)
+        data = config.make_data(settings)
+        options |= {"samples": data.held_out.data, "floor": data.train.data}
+    elif arguments.config is None:
+        raise ValueError("Give a trained model (--workdir or --checkpoint), or --config of a toy with a known density.")
+    else:
+        settings = config.load(arguments.config, overrides)
+        problem, shape, draw = config.make_exact(settings)
+        options |= {"shape": shape, "samples": draw, "dtype": torch.float64}
+    out = Path(arguments.out or Path(arguments.workdir or ".") / "compare")
+    result = compare(
+        problem,
+        arguments.solvers,
+        nfe=_numbers("--nfe", arguments.nfe, int),
+        rtol=_numbers("--rtol", arguments.rtol, float),
+        grid=None if arguments.grid is None else parse_grid(arguments.grid),
+        n=arguments.n,
+        repetitions=arguments.repetitions,
+        seed=arguments.seed,
+        path=out,
+        resume=not arguments.restart,
+        **options,
+    )
+    result.to_csv(out / "compare.csv")
+    result.to_json(out / "compare.json")
+    print(result.table())
+    written = ["compare.csv", "compare.json"]
+    for name, picture in (("compare.png", result.plot), ("samples.png", result.sheet)):
+        try:
+            picture(out / name)
+            written.append(name)
+        except (ImportError, ValueError) as error:  # nothing that can be drawn, or nothing to draw it with
+            print(f"no {name}: {error}", file=sys.stderr)
+    print(f"{', '.join(written)} in {out}")
+
+
+def _numbers(flag: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} takes numbers separated by commas, got {text!r}.") from None
 
 
 def _demo(arguments: argparse.Namespace, overrides: list[str]) -> None:

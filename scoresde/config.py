@@ -14,7 +14,7 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +25,11 @@ from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from scoresde.data import Dataset
     from scoresde.score_model import DataSpec, ScoreModel
-    from sde_lib import Law
+    from sde_lib import Law, ReverseSDE
     from solvers import Grid, Solver
 
 _HERE = Path(__file__).resolve().parent
@@ -428,6 +430,33 @@ def make_data(config: ml_collections.ConfigDict) -> Dataset:
         return source.load()
     except (OSError, ValueError) as error:
         raise ConfigError(_one_line(error)) from error
+
+
+def make_exact(
+    config: ml_collections.ConfigDict,
+) -> tuple[ReverseSDE, tuple[int, ...], Callable[[int, int], Tensor]]:
+    """For a toy that is a Gaussian mixture: its exact reverse SDE, its shape, and (count, seed) -> exact samples.
+
+    Raises:
+        ConfigError: for other data.
+    """
+    import torch
+
+    from scoresde.data import DATASETS
+
+    source = build(DATASETS, config.data, "data set")
+    mixture = getattr(source, "mixture", None)
+    if mixture is None:
+        known = ", ".join(name for name, cls in DATASETS.items() if hasattr(cls, "mixture"))
+        raise ConfigError(
+            f"The data set {config.data.name!r} has no score in closed form (those with one: {known}): train a model "
+            "and give its --workdir."
+        )
+    return (
+        mixture.reverse(make_law(config)),
+        mixture.shape,
+        lambda n, seed: mixture.sample(n, torch.Generator().manual_seed(seed), torch.float64),
+    )
 
 
 def make_model(config: ml_collections.ConfigDict, spec: DataSpec) -> ScoreModel:

@@ -1,13 +1,25 @@
-"""Two-sample distances, and the Gaussian that any density model must beat."""
+"""Two-sample distances, and the Gaussian that any density model must beat.
+
+Every distance takes two samples (N, *D) and (M, *D) and says what it is in units of; 0 in the limit for equal laws.
+None is free of Monte Carlo noise: judge a value against the one between two samples of the same law and sizes.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from scoresde.score_model import DataSpec
+from sde_lib import lookup
+from sde_lib._checks import check_positive
+
+Features = str | Callable[[Tensor], Tensor]
+"""A name in `FEATURES`, or a function of samples (N, *D) that returns (N, …)."""
+
+_BLOCK = 1024  # rows of a pairwise matrix held at a time
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
@@ -22,14 +34,50 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
         y: (M, *D).
     """
     a, b = _pair(x, y)
-    within = [torch.cdist(v, v).sum() / (len(v) * (len(v) - 1)) for v in (a, b)]
-    return float(2.0 * torch.cdist(a, b).mean() - within[0] - within[1])
+    return -_contrast(a, b, torch.cdist)
+
+
+def mmd2(x: Tensor, y: Tensor, kernel: str = "gaussian", bandwidth: float | None = None) -> float:
+    r"""Squared maximum mean discrepancy :math:`E k(x, x') + E k(y, y') - 2 E k(x, y)`, unbiased.
+
+    Pairs of a sample with itself are left out, so equal laws scatter around zero and values may be negative.
+    "gaussian" is :math:`k(x, y) = e^{-\|x - y\|^2 / 2 h^2}`: a metric on all laws. "polynomial" is
+    :math:`(x \cdot y / d + 1)^3`, which on Inception features is called the kernel Inception distance; it sees
+    three moments.
+
+    Source: Gretton et al. 2012, JMLR 13:723, Lemma 6; Binkowski et al. 2018, arXiv:1801.01401, for "polynomial".
+
+    Args:
+        x: (N, *D).
+        y: (M, *D), the reference.
+        kernel: "gaussian" or "polynomial".
+        bandwidth: h. By default the median distance between samples of y (its first 1000): the rule looks at the
+            reference only, so everything that is compared with it is measured by one kernel.
+
+    Raises:
+        ValueError: for an unknown kernel, or if all samples of y are equal and no bandwidth is given.
+    """
+    a, b = _pair(x, y)
+    if kernel == "polynomial":
+        d = a.shape[1]
+        return _contrast(a, b, lambda u, v: (u @ v.T / d + 1.0) ** 3)
+    if kernel != "gaussian":
+        raise ValueError(f'`kernel` must be "gaussian" or "polynomial", got {kernel!r}.')
+    if bandwidth is None:
+        first = b[:1000]
+        bandwidth = float(torch.pdist(first).median())
+        if bandwidth == 0.0:
+            raise ValueError("The median distance between samples of `y` is zero: give a `bandwidth`.")
+    check_positive("bandwidth", bandwidth)
+    scale = -0.5 / (bandwidth * bandwidth)
+    return _contrast(a, b, lambda u, v: torch.cdist(u, v).square().mul(scale).exp())
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 512, seed: int = 0) -> float:
     r"""Sliced 2-Wasserstein distance: root mean square, over random directions, of the distance between projections.
 
-    Biased upwards on finite samples: compare with the value between two samples of the same law and size.
+    Biased upwards on finite samples: compare with the value between two samples of the same law and size. Exact in one
+    dimension.
 
     Source: Bonneel et al. 2015, doi:10.1007/s10851-014-0506-3.
 
@@ -46,6 +94,101 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 512, seed: int =
     levels = (torch.arange(max(len(a), len(b)), dtype=torch.float64) + 0.5) / max(len(a), len(b))
     p, q = (_quantiles((v @ directions).sort(0).values, levels) for v in (a, b))
     return math.sqrt(float((p - q).square().mean()))
+
+
+def frechet_distance(x: Tensor, y: Tensor, features: Features = "identity") -> float:
+    r"""Fréchet distance :math:`\|\mu_x - \mu_y\|^2 + \mathrm{tr}(C_x + C_y - 2 (C_x C_y)^{1/2})` of features.
+
+    The squared 2-Wasserstein distance of the two Gaussians with the features' means and covariances; with the features
+    of an Inception network it is the "FID", which is not comparable with any other features' value. Biased upwards on
+    finite samples.
+
+    No matrix root is taken and no covariance formed. With centred features :math:`X = Q_x R_x` the trace is
+    :math:`\min_Q \|R_x - Q R_y\|_F^2` over orthogonal Q, whose minimizer comes from the singular vectors of
+    :math:`R_x R_y^T` (orthogonal Procrustes): a sum of squares, accurate for nearly equal laws and for features that
+    are constant or collinear.
+
+    Source: Heusel et al. 2017, arXiv:1706.08500, eq. 6; the minimum: Bhatia et al. 2019, arXiv:1712.01504.
+
+    Args:
+        x: (N, *D).
+        y: (M, *D).
+        features: a name in `FEATURES`, or a function that maps (N, *D) to (N, …), called on parts of 256 samples
+            without gradients.
+
+    Raises:
+        ValueError: for fewer samples than features + 1: the sample covariance is then singular whatever the law, and
+            the distance says more about the number of samples than about them.
+    """
+    (a, b), n_features = _featured(x, y, features)
+    mean = a.mean(0) - b.mean(0)
+    roots = []
+    for v in (a, b):
+        if len(v) < n_features + 1:
+            raise ValueError(
+                f"A Fréchet distance on {n_features} features needs at least {n_features + 1} samples on each side, "
+                f"got {len(a)} and {len(b)}: the covariance would be singular. Take more samples or fewer features."
+            )
+        roots.append(torch.linalg.qr((v - v.mean(0)) / math.sqrt(len(v) - 1), mode="r").R)
+    u, _, vh = torch.linalg.svd(roots[0] @ roots[1].T)
+    return float(mean.square().sum() + (roots[0] - u @ (vh @ roots[1])).square().sum())
+
+
+METRICS: Mapping[str, Callable[[Tensor, Tensor], float]] = {
+    "sliced_wasserstein": sliced_wasserstein,
+    "energy_distance": energy_distance,
+    "mmd2": mmd2,
+    "frechet_distance": frechet_distance,
+}
+"""Name -> distance of a sample from a reference sample."""
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x.flatten(1)
+
+
+def _random_relu(x: Tensor) -> Tensor:
+    """64 fixed random directions and offsets, rectified: sees beyond the first two moments of x."""
+    flat = x.flatten(1).double()
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(flat.shape[1], 64, generator=generator, dtype=torch.float64) / math.sqrt(flat.shape[1])
+    offset = torch.randn(64, generator=generator, dtype=torch.float64)
+    return torch.relu(flat @ weight.to(flat.device) + offset.to(flat.device))
+
+
+FEATURES: Mapping[str, Callable[[Tensor], Tensor]] = {"identity": _identity, "random_relu": _random_relu}
+"""Name -> features of samples for `frechet_distance`. A pretrained network is handed over as a function."""
+
+
+def _featured(x: Tensor, y: Tensor, features: Features) -> tuple[tuple[Tensor, Tensor], int]:
+    """Features of both samples in float64 on the CPU, and how many there are."""
+    extract = lookup(FEATURES, features, "features") if isinstance(features, str) else features
+    if not callable(extract):
+        raise TypeError(f"`features` must be a name or a function, got {type(features).__name__}.")
+    out = []
+    for v in (x, y):
+        with torch.no_grad():
+            parts = [extract(part) for part in v.detach().split(256)]
+        for part, given in zip(parts, v.split(256), strict=True):
+            if not isinstance(part, Tensor) or part.ndim < 1 or len(part) != len(given):
+                got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise ValueError(f"`features` must return a tensor of {len(given)} rows for {len(given)}, got {got}.")
+        out.append(torch.cat([part.reshape(len(part), -1) for part in parts]))
+    return _pair(*out), out[0].shape[1]
+
+
+def _contrast(a: Tensor, b: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """E k(a, a') + E k(b, b') - 2 E k(a, b), without pairs of a sample with itself, in blocks of rows."""
+    within = []
+    for v in (a, b):
+        total = 0.0
+        for start in range(0, len(v), _BLOCK):
+            part = kernel(v[start : start + _BLOCK], v)
+            part[torch.arange(len(part)), torch.arange(start, start + len(part))] = 0.0
+            total += float(part.sum())
+        within.append(total / (len(v) * (len(v) - 1)))
+    between = sum(float(kernel(part, b).sum()) for part in a.split(_BLOCK)) / (len(a) * len(b))
+    return within[0] + within[1] - 2.0 * between
 
 
 def _quantiles(ordered: Tensor, levels: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from solvers.multistep import (
 )
 from solvers.noise import BrownianPath, Draw, Independent, Noise, PerSample, Recorded, as_draw
 from solvers.predictor_corrector import CORRECTORS, AnnealedLangevin, Corrector, Langevin, PredictorCorrector
+from solvers.recommend import Recommendation, Recommended, recommend
 from solvers.runge_kutta import RK4, TABLEAUX, BogackiShampine, DormandPrince, Heun, Midpoint, RungeKutta, Tableau
 from solvers.singlestep import SEEDS2, DPMpp2S, DPMpp3S, DPMppSDE, DPMSolver2, DPMSolver3, SingleStep
 from solvers.solve import sample, solve
@@ -136,6 +137,8 @@ __all__ = [
     "Polyexponential",
     "PredictorCorrector",
     "Quadratic",
+    "Recommendation",
+    "Recommended",
     "Recorded",
     "ReverseDiffusion",
     "RungeKutta",
@@ -162,6 +165,7 @@ __all__ = [
     "as_draw",
     "denoising_error",
     "make_knots",
+    "recommend",
     "sample",
     "solve",
 ]

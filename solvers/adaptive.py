@@ -112,8 +112,7 @@ def integrate(
         nodes = [u + c * h if c < 1.0 else torch.where(last, u_1, u + h) for c in tableau.c]
         new, errors, tail = rk_step(tableau, rows.slopes, nodes, h, leaves, first)
         norms = [
-            error_norm(e, old, y, r, a)
-            for e, old, y, r, a in zip(errors or (), leaves, new, rtol, atol, strict=True)
+            error_norm(e, old, y, r, a) for e, old, y, r, a in zip(errors or (), leaves, new, rtol, atol, strict=True)
         ]
         error = torch.stack(norms).amax(0)
         finite = torch.isfinite(error)
@@ -152,9 +151,7 @@ def integrate(
 
 
 def _where(accept: Tensor, new: Leaves, old: Leaves) -> Leaves:
-    return tuple(
-        torch.where(accept.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(new, old, strict=True)
-    )
+    return tuple(torch.where(accept.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(new, old, strict=True))
 
 
 @dataclass

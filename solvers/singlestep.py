@@ -52,8 +52,11 @@ class SingleStep(Solver):
 
     def __post_init__(self) -> None:
         stages = tuple(self.stages) if isinstance(self.stages, list | tuple) else None
-        if stages is None or len(stages) not in (1, 2) or not all(0 < r < 1 for r in stages) or len(set(stages)) < len(
-            stages
+        if (
+            stages is None
+            or len(stages) not in (1, 2)
+            or not all(0 < r < 1 for r in stages)
+            or len(set(stages)) < len(stages)
         ):
             raise ValueError(f"`stages` must be one or two different positions in (0, 1), got {self.stages!r}.")
         object.__setattr__(self, "stages", stages)

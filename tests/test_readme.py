@@ -23,6 +23,17 @@ def test_the_ten_lines_run_and_are_right(capsys):
     assert names["a"].nfe[0] == 37 and names["c"].nfe[0] == 50
 
 
+def test_the_comparison_runs(tmp_path, monkeypatch, capsys):
+    """As printed: the table names every solver, the picture is there, the recommendation is the smallest error."""
+    monkeypatch.chdir(tmp_path)
+    code = next(c for c in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "compare" in c)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert "recommended" in capsys.readouterr().out and (tmp_path / "runs" / "compare.png").stat().st_size > 10_000
+    errors = {(r["label"], r["budget"]): r["path_median"] for r in names["result"].rows if r["kind"] == "deterministic"}
+    assert errors["recommended", "nfe=20"] == min(errors.values()) and names["x"].shape == (64, 2)
+
+
 def test_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)#]+)\)", TEXT) + re.findall(r"`((?:docs|notebooks|benchmarks)/[^`]*)`", TEXT)
     missing = [t for t in targets if not t.startswith("http") and not (ROOT / t).exists()]

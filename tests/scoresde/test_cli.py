@@ -142,3 +142,38 @@ def test_as_a_process_anywhere(tmp_path):
 def test_traceback_on_demand(tmp_path):
     with pytest.raises(FileNotFoundError):
         main(["--traceback", "sample", "--workdir", str(tmp_path / "none")])
+
+
+def test_compare_on_a_toy_and_on_a_run(tmp_path, capsys):
+    """Files, the table and its resumption; a trained model takes its held-out data as the reference."""
+    out = tmp_path / "exact"
+    call = ["compare", "--config=toy_ring", "--solvers=ddim,recommended", "--nfe=4,8", "--n=32", "--repetitions=1"]
+    assert main([*call, f"--out={out}"]) == 0
+    text = capsys.readouterr().out
+    assert "recommended" in text and "adaptive ODE" in text and "energy_distance" in text
+    for name in ("compare.csv", "compare.json", "compare.jsonl", "compare.png", "samples.png"):
+        assert (out / name).stat().st_size > 100
+    assert len((out / "compare.csv").read_text().splitlines()) == 5
+    assert main([*call, f"--out={out}"]) == 0 and len((out / "compare.jsonl").read_text().splitlines()) == 5
+    run = tmp_path / "run"
+    assert main(["train", "--config=digits_vp", f"--workdir={run}", *TINY]) == 0
+    call = ["compare", f"--workdir={run}", "--solvers=ddim@blended", "--nfe=3", "--n=8", "--repetitions=1"]
+    assert main([*call, "--grid=karras"]) == 0
+    assert "sliced_wasserstein" in capsys.readouterr().out and (run / "compare" / "samples.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--solvers=ddim"], "toy with a known density"),
+        (["--solvers=ddim", "--config=digits_vp"], "ring"),
+        (["--solvers=dim", "--config=toy_ring"], "Did you mean 'ddim'"),
+        (["--solvers=ddim", "--config=toy_ring", "--nfe=4,x"], "--nfe takes numbers"),
+        (["--solvers=ddim", "--config=toy_ring", "--grid=karass"], "karras"),
+    ],
+)
+def test_mistakes_in_compare(arguments, says, tmp_path, capsys):
+    """One line each."""
+    assert main(["compare", *arguments, f"--out={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from scoresde import DataSpec, energy_distance, gaussian_bits_per_dim, sliced_wasserstein
+from scoresde import DataSpec, energy_distance, frechet_distance, gaussian_bits_per_dim, mmd2, sliced_wasserstein
+from scoresde.metrics import FEATURES, METRICS
 
 
 def normal(n, d, seed, mean=0.0):
@@ -30,6 +31,86 @@ def test_sliced_wasserstein_of_a_shift():
     assert abs(sliced_wasserstein(x, x + v, projections=4096) / expected - 1) < 0.05
     assert sliced_wasserstein(x, x.flip(0)) == 0.0
     assert abs(sliced_wasserstein(x, (x + v)[:250], projections=4096) / expected - 1) < 0.15
+
+
+@pytest.mark.parametrize("h", [0.7, 2.0])
+def test_kernel_distance_of_two_gaussians(h):
+    """E k for N(0, I) and N(m, I) under the Gaussian kernel: (h^2 / (h^2 + 2))^(d / 2) exp(-|m|^2 / (2 (h^2 + 2)))."""
+    n, d, m = 3000, 2, 0.8
+    factor = (h * h / (h * h + 2)) ** (d / 2)
+    exact = 2 * factor * (1 - math.exp(-d * m * m / (2 * (h * h + 2))))
+    # the standard error of a U-statistic of a kernel bounded by one is below 2 / sqrt(n)
+    assert abs(mmd2(normal(n, d, 0), normal(n, d, 1, m), bandwidth=h) - exact) < 4 * 2 / math.sqrt(n) * 0.5
+    values = [mmd2(normal(200, d, s), normal(200, d, 100 + s), bandwidth=h) for s in range(40)]
+    mean, se = sum(values) / 40, torch.tensor(values).std() / math.sqrt(40)
+    assert abs(mean) < 4 * float(se) and min(values) < 0  # unbiased around zero
+
+
+def test_polynomial_kernel_distance():
+    """(x y / d + 1)^3 sees the first three moments: its expectation over products of moments, in one dimension."""
+    x, y = normal(4000, 1, 0), normal(4000, 1, 1, 0.5)
+
+    def expected(a: list[float], b: list[float]) -> float:
+        return sum(math.comb(3, k) * a[k] * b[k] for k in range(4))
+
+    zero, half = [1.0, 0.0, 1.0, 0.0], [1.0, 0.5, 1.25, 0.125 + 1.5]
+    exact = expected(zero, zero) + expected(half, half) - 2 * expected(zero, half)
+    assert mmd2(x, y, kernel="polynomial") == pytest.approx(exact, rel=0.15)
+
+
+def test_blocks_do_not_change_a_distance():
+    """More samples than one block of rows: against all pairs at once."""
+    x, y = normal(1500, 2, 0), normal(1300, 2, 1, 0.3)
+    within = [torch.cdist(v, v).sum() / (len(v) * (len(v) - 1)) for v in (x, y)]
+    exact = float(2 * torch.cdist(x, y).mean() - within[0] - within[1])
+    assert energy_distance(x, y) == pytest.approx(exact, rel=1e-9)
+
+
+def test_frechet_distance_of_known_moments():
+    """Samples whitened to exact means and covariances: the closed form, with commuting and other covariances."""
+    g = torch.Generator().manual_seed(0)
+
+    def with_moments(n: int, mean, cov) -> torch.Tensor:
+        z = torch.randn(n, 3, generator=g, dtype=torch.float64)
+        z = z - z.mean(0)
+        z = z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T)).T)
+        return z @ torch.linalg.cholesky(cov).T + mean
+
+    a, b = (torch.randn(3, 3, generator=g, dtype=torch.float64) for _ in range(2))
+    a, b = a @ a.T + 0.1 * torch.eye(3), b @ b.T + 0.1 * torch.eye(3)
+    m = torch.tensor([0.3, -1.0, 0.5], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors @ torch.diag(values.sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b @ root).sqrt().sum()
+    exact = float(m.square().sum() + torch.trace(a) + torch.trace(b) - 2 * cross)
+    x, y = with_moments(60, torch.zeros(3), a), with_moments(80, m, b)
+    assert frechet_distance(x, y) == pytest.approx(exact, rel=1e-9)
+    assert frechet_distance(x, x + m) == pytest.approx(float(m.square().sum()), rel=1e-9)
+    assert frechet_distance(x, x.flip(0)) < 1e-12
+    first = x[:, 0]
+    assert frechet_distance(x, 2 * x, lambda v: v[:, :1]) == pytest.approx(float(first.mean() ** 2 + first.var()))
+    collinear = torch.cat([x, x.sum(1, keepdim=True)], 1)
+    assert frechet_distance(collinear, collinear + 1.0) == pytest.approx(4.0, rel=1e-9)
+
+
+def test_features_and_what_is_refused():
+    """Named features, functions, too few samples, features of the wrong length."""
+    x, y = normal(200, 4, 0), normal(200, 4, 1)
+    same, far = (frechet_distance(x, v, "random_relu") for v in (y, 3 * y))
+    assert set(FEATURES) == {"identity", "random_relu"} and far > 5 * same
+    assert set(METRICS) == {"sliced_wasserstein", "energy_distance", "mmd2", "frechet_distance"}
+    for bad, says in (
+        (lambda: frechet_distance(x[:4], y), "at least 5 samples"),
+        (lambda: frechet_distance(x, y, "inception"), "features"),
+        (lambda: frechet_distance(x, y, lambda v: v[:1]), "rows"),
+        (lambda: mmd2(x, y, kernel="laplace"), "kernel"),
+        (lambda: mmd2(x, y, bandwidth=0.0), "bandwidth"),
+        (lambda: mmd2(x, torch.zeros(5, 4)), "median"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            bad()
+    with pytest.raises(TypeError, match="function"):
+        frechet_distance(x, y, 3)
 
 
 def test_the_gaussian_baseline_is_the_expected_log_density():

@@ -81,7 +81,7 @@ def test_grids_space_what_they_say(grid, name):
             "uniform_half_log_snr": lambda: lam,
             "karras": lambda: math.exp(-lam / rule.rho),
             "uniform_angle": lambda: math.atan(math.exp(-lam)),
-            "blended": lambda: share(lam, lambda v: v) + share(lam, lambda v: math.atan(math.exp(-v))),
+            "blended": lambda: share(lam, lambda v: v) + share(lam, lambda v: math.atan(math.exp(-v) / 0.7)),
             "polyexponential": lambda: max(0.0, sde.half_log_snr(low) - lam) ** (1 / 1.5),
             "cosine": lambda: cosine_time(lam),
             "beta": lambda: float(scipy.stats.beta(0.6, 0.6).cdf((t - sde.t_min) / (sde.t_max - sde.t_min))),

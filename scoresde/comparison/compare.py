@@ -1,0 +1,186 @@
+"""Many solvers on one problem, from the same start and on the same noise."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scoresde.comparison.bench import Bench, Flow, Metric, grid_key, integers
+from scoresde.comparison.result import Comparison
+from scoresde.comparison.specs import budgets_of, entries_of
+from scoresde.comparison.store import RunStore
+from scoresde.metrics import Features
+from scoresde.score_model import ScoreModel
+from sde_lib import ReverseSDE
+from solvers import Solver
+from solvers.grids import GridLike
+
+
+def compare(
+    problem: ReverseSDE | ScoreModel,
+    solvers: Any,
+    *,
+    nfe: Sequence[int] = (5, 10, 20, 50),
+    rtol: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4),
+    shape: Sequence[int] | None = None,
+    n: int = 256,
+    repetitions: int = 3,
+    seed: int = 0,
+    grid: GridLike = None,
+    end: str = "denoise",
+    start: Tensor | None = None,
+    path_error: bool = True,
+    flow: Flow | None = None,
+    tolerance: float | None = None,
+    refine: int = 8,
+    strong: Solver | None = None,
+    samples: Tensor | Callable[[int, int], Tensor] | None = None,
+    floor: Tensor | None = None,
+    metrics: Sequence[str] | Mapping[str, Metric] | None = None,
+    features: Features | None = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    path: str | Path | None = None,
+    resume: bool = True,
+    progress: bool | None = None,
+) -> Comparison:
+    r"""Run solvers at several budgets and set accuracy, network calls and time side by side.
+
+    Everybody starts from the same prior draws and walks the same Brownian path: sample i of repetition r has its own
+    seed, whatever the solver, grid or batch. A row of the result holds the means over repetitions of
+
+    - ``nfe``: network calls per sample as counted by the run (guidance included), not the budget;
+    - ``seconds``: wall clock for all n samples. Drawing a shared path costs many times an ordinary draw and is an
+      expense of the comparison, so the time it took is replaced by that of as many `torch.randn` calls;
+    - ``network_seconds``: measured around each call inside the same run (events in the stream on a GPU: the run is not
+      held up), and ``overhead_seconds`` = seconds - network_seconds, what the solver adds to the network;
+    - ``path_rms``, ``path_median``: over samples, of the distance
+      :math:`\sqrt{\tfrac1D \sum_d (x_d - x^*_d)^2}` to the reference :math:`x^*` from the same start, in model units;
+    - one column per metric: distance of the samples to `samples`, in data units.
+
+    The reference is named in the row. Deterministic solver: `flow`, or the probability-flow ODE by
+    `AdaptiveRungeKutta` at `tolerance`, between the solver's own first and last times. Stochastic solver: `refine`
+    times as many steps of the solver itself (or of `strong`) on the same Brownian path, so that the figure is the
+    strong error; a solver that draws noise outside the path (correctors, churn, torchsde) has no such limit and gets
+    distances only. Every solver on a chain: itself over all levels.
+
+    A budget that is too small, and a run that fails, become rows with a ``status`` ("skipped", "failed") and a
+    ``reason``. Adaptive solvers run at each `rtol` (with atol = rtol) instead of `nfe`, unless their rtol is not the
+    class's default: then once, as they are. Given times take the place of budgets likewise.
+
+    Args:
+        problem: a `ScoreModel`, or a `ReverseSDE` such as ``mixture.reverse(sde)``, with `shape`.
+        solvers: ``"heun, ddim(eta=0.5)@karras(rho=5)"``, or a sequence of such texts, `Solver` instances and (label,
+            solver, grid), or a mapping label -> text, solver or (solver, grid). A grid after @ or in the tuple is the
+            solver's own. Any name in `solvers.SOLVERS`.
+        nfe: budgets of network calls per sample.
+        rtol: tolerances of adaptive solvers.
+        shape: D of one sample; a score model knows its own.
+        n: samples per repetition.
+        repetitions: of everything, with other starts and noise; they give the ``_se`` columns, standard errors.
+        seed: of starts and noise.
+        grid: for solvers without one of their own; Karras' by default, the chain itself on a chain.
+        end: "denoise" (posterior mean after the last step, one more call) or "stop".
+        start: states to start from, (n, *D), instead of prior draws.
+        path_error: whether to measure distances to references, which cost calls of their own. Without, the noise
+            is one stream per sample instead of a path.
+        flow: exact probability-flow map (x, from knot, to knot) -> x, where it is known.
+        tolerance: of the adaptive reference; 1e-10 in float64, 1e-6 in float32.
+        refine: steps of a stochastic reference per step of the solver's largest budget; a first-order method's error
+            is then measured 1 / refine too small there. 0: none.
+        strong: a solver whose run on the same path is the reference of every stochastic one.
+        samples: reference samples in data units, (M, *D), or a function (count, seed) -> (count, *D).
+        floor: more samples of the same law, independent of `samples` (training data, where `samples` are held out):
+            their distance to `samples` is the noise floor. Without: fresh ones if `samples` is a function, else
+            `samples` split in two, which overstates it.
+        metrics: names in `scoresde.metrics.METRICS`, or name -> function (x, y) -> float. By default the sliced
+            Wasserstein, energy and kernel distances, and the Fréchet distance if `features` is given.
+        features: of the Fréchet distance.
+        decode: model units to data units; a score model knows its own.
+        batch_size: samples per run of a solver; all n if None. No figure but time and memory depends on it.
+        dtype: of the states. Orders above two need float64.
+        device: of the states; the model's, or the CPU.
+        path: a ``.jsonl`` file (or a folder, for ``compare.jsonl`` in it) that finished runs are appended to. Calling
+            again with it skips them; solvers, budgets and repetitions may be added.
+        resume: False starts the file anew.
+        progress: progress bar; on a terminal by default.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together, or a `path` with another comparison in it.
+    """
+    entries = entries_of(solvers)
+    bench = Bench(problem, shape, n, seed, grid, end, start, decode, batch_size, dtype, device)
+    bench.references(path_error, flow, tolerance, refine, strong)
+    bench.judges(samples, floor, metrics, features, repetitions)
+    nfe = integers("nfe", nfe)
+    if isinstance(rtol, float | int):
+        rtol = (rtol,)
+    if not all(isinstance(r, float | int) and 0 < r < 1 for r in rtol):
+        raise ValueError(f"`rtol` must hold numbers in (0, 1), got {rtol!r}.")
+    (repetitions,) = integers("repetitions", [repetitions])
+
+    store = None
+    if path is not None:
+        path = Path(path)
+        path = path if path.suffix == ".jsonl" else path / "compare.jsonl"
+        loose = {torch.float64: 1e-8, torch.float32: 1e-4}.get(dtype, 1e-2)
+        store = RunStore(path, bench.settings(), bench.probe, loose, resume)
+    plan = [
+        (r, entry, budget)
+        for r in range(repetitions)
+        for entry in entries
+        for budget in budgets_of(entry, bench.grid_of(entry), nfe, rtol)
+    ]
+    result = Comparison(bench.settings(), bench.environment(), bench.floors, shape=bench.data_shape, range=bench.range)
+    most = {entry.label: bench.most_steps(entry, nfe) for entry in entries}
+    disable = None if progress is None else not progress
+    with tqdm(plan, desc="comparing", unit="run", disable=disable, file=sys.stderr) as bar:
+        for r, entry, budget in bar:
+            bar.set_postfix_str(f"{entry.label} {budget.name}", refresh=False)
+            reference = bench.reference_name(entry, budget, most[entry.label])
+            where = grid_key(bench.grid_of(entry))
+            key = f"{budget.solver!r} | {where} | {budget.name} | {reference} | repetition {r}"
+            run = None if store is None else store.runs.get(key)
+            if run is not None and run["status"] != "ok":  # what did not work may work now (a package, more memory)
+                run = None
+            kept = None if run is None or store is None else _load(store.path, run)
+            if run is None:
+                figures, kept = bench.execute(entry, budget, r, most[entry.label])
+                run = {"key": key, "repetition": r, "budget": budget.name, **figures}
+                if store is not None:
+                    run["samples_file"] = _save(store.path, key, kept)
+                    store.add(run)
+            result.add({**run, "label": entry.label}, kept)
+    return result
+
+
+def _save(path: Path, key: str, kept: Tensor | None) -> str | None:
+    """Write the samples of a run beside the file of runs; the name relative to it."""
+    if kept is None:
+        return None
+    import numpy as np
+
+    name = f"{path.stem}_samples/{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    target = path.parent / name
+    target.parent.mkdir(exist_ok=True)
+    np.save(target, kept.numpy())
+    return name
+
+
+def _load(path: Path, run: Mapping[str, Any]) -> Tensor | None:
+    """The samples of a finished run, if they are still there."""
+    import numpy as np
+
+    name = run.get("samples_file")
+    if name is None or not (path.parent / name).is_file():
+        return None
+    return torch.from_numpy(np.load(path.parent / name))

@@ -1,0 +1,356 @@
+"""The outcome of a comparison: rows, tables, fitted orders, files and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from scoresde.comparison.store import FORMAT
+
+_MEANS = ("nfe", "seconds", "network_seconds", "overhead_seconds", "noise_seconds", "path_median")
+_COLUMNS = (
+    "label",
+    "solver",
+    "grid",
+    "kind",
+    "order",
+    "budget",
+    "status",
+    "reason",
+    "repetitions",
+    "samples",
+    "steps",
+    "nfe",
+    "nfe_max",
+    "seconds",
+    "seconds_se",
+    "network_seconds",
+    "overhead_seconds",
+    "noise_seconds",
+    "reference",
+    "reference_error",
+    "path_rms",
+    "path_rms_se",
+    "path_median",
+)
+_SHOWN = ("nfe", "seconds", "overhead_seconds", "path_rms", "path_median")
+
+
+class Comparison:
+    """Rows of figures, one per solver and budget, and what they were measured on.
+
+    Attributes:
+        runs: one dict per run (solver, budget, repetition), as measured.
+        settings: the problem and what all runs share.
+        environment: library version, device and threads: what the times depend on.
+        floors: per metric, mean and standard deviation of its value between samples of one law.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        floors: Mapping[str, Mapping[str, float | None]],
+        runs: Sequence[Mapping[str, Any]] = (),
+        shape: Sequence[int] = (),
+        range: tuple[float, float] | None = None,
+    ) -> None:
+        self.settings, self.environment, self.floors = dict(settings), dict(environment), dict(floors)
+        self.runs: list[dict[str, Any]] = [dict(run) for run in runs]
+        self.shape, self.range = tuple(shape), range
+        self.samples: dict[tuple[str, str], Tensor] = {}
+
+    def add(self, run: Mapping[str, Any], samples: Tensor | None = None) -> None:
+        """Append a run, with samples of it to show."""
+        self.runs.append(dict(run))
+        if samples is not None:
+            self.samples[run["label"], run["budget"]] = samples
+
+    # --- rows -----------------------------------------------------------------------------------------------------
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the two-sample distances."""
+        return list(self.settings.get("metrics", []))
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per solver and budget: means over repetitions.
+
+        ``path_rms`` is over the samples of all repetitions; ``…_se`` are standard errors over repetitions (None for
+        one). A row whose runs did not all succeed has their status and reason, and no figures of accuracy.
+        """
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for run in self.runs:
+            groups.setdefault((run["label"], run["budget"]), []).append(run)
+        return [self._row(runs) for runs in groups.values()]
+
+    def _row(self, runs: list[dict[str, Any]]) -> dict[str, Any]:
+        first = next((run for run in runs if run["status"] != "ok"), runs[0])
+        row: dict[str, Any] = {name: first.get(name) for name in _COLUMNS}
+        row["repetitions"] = len(runs)
+        for name in _MEANS:
+            row[name] = _mean([run.get(name) for run in runs])
+        row["nfe_max"] = max((run["nfe_max"] for run in runs if run.get("nfe_max") is not None), default=None)
+        row["seconds_se"] = _standard_error([run.get("seconds") for run in runs])
+        rms = [run.get("path_rms") for run in runs]
+        square = _mean([None if v is None else v * v for v in rms])
+        row["path_rms"], row["path_rms_se"] = None if square is None else math.sqrt(square), _standard_error(rms)
+        row["reference_error"] = _mean([run.get("reference_error") for run in runs])
+        for name in self.metrics:
+            row[name] = _mean([run.get(name) for run in runs])
+            row[f"{name}_se"] = _standard_error([run.get(name) for run in runs])
+        return row
+
+    def orders(self, y: str = "path_rms", points: int = 3) -> list[dict[str, Any]]:
+        """Observed orders: minus the slope of log error against log steps, by least squares.
+
+        Adaptive solvers, which have no step count, are fitted against their counted calls. Used are the last `points`
+        rows of each solver that lie above ten times the reference's own error (or, for a distance between samples,
+        above its noise floor's mean plus four standard deviations).
+
+        Args:
+            y: column of errors.
+            points: rows per fit, >= 2.
+
+        Returns:
+            One dict per solver: label, declared order, order (None with fewer than two usable rows), standard_error
+            (None with two), against ("steps" or "nfe"), from, to and points.
+        """
+        if not isinstance(points, int) or points < 2:
+            raise ValueError(f"`points` must be an int >= 2, got {points!r}.")
+        self._check_column(y)
+        out = []
+        for label, rows in self._series().items():
+            adaptive = any(run["adaptive"] for run in self.runs if run["label"] == label)
+            against = "nfe" if adaptive else "steps"
+            usable: dict[float, float] = {}
+            for row in rows:
+                value, x = row[y], row[against]
+                if row["status"] == "ok" and value and x and value > self._noise(row, y):
+                    usable[x] = value  # budgets that came to the same steps count once
+            chosen = sorted(usable)[-points:]
+            fit = _slope([math.log(x) for x in chosen], [math.log(usable[x]) for x in chosen])
+            out.append(
+                {
+                    "label": label,
+                    "declared": rows[0]["order"],
+                    "order": None if fit is None else -fit[0],
+                    "standard_error": None if fit is None else fit[1],
+                    "against": against,
+                    "from": chosen[0] if chosen else None,
+                    "to": chosen[-1] if chosen else None,
+                    "points": len(chosen),
+                }
+            )
+        return out
+
+    def _noise(self, row: Mapping[str, Any], y: str) -> float:
+        """Below this a value says nothing."""
+        if y in self.floors:
+            mean, std = self.floors[y]["mean"], self.floors[y]["std"]
+            return (mean or 0.0) + 4.0 * (std or 0.0)
+        return 10.0 * (row["reference_error"] or 0.0) if y.startswith("path") else 0.0
+
+    def _series(self) -> dict[str, list[dict[str, Any]]]:
+        series: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            series.setdefault(row["label"], []).append(row)
+        return series
+
+    def _check_column(self, y: str) -> None:
+        known = ["path_rms", "path_median", *self.metrics]
+        if y not in known:
+            raise ValueError(f"`y` must be one of {', '.join(known)}, got {y!r}.")
+
+    def _best_column(self) -> str:
+        """What is plotted unless told otherwise: the distance to the reference, or the first metric."""
+        rows = self.rows
+        found = [y for y in ("path_rms", *self.metrics) if any(row[y] is not None for row in rows)]
+        if not found:
+            raise ValueError("Nothing to plot: no run has a figure of accuracy.")
+        return found[0]
+
+    # --- text and files -------------------------------------------------------------------------------------------
+    def table(self) -> str:
+        """Aligned text. ``*`` marks the smallest value of a column, ``~`` a distance within the noise floor (its mean
+        plus two standard deviations): indistinguishable from the reference samples at this sample size."""
+        rows = self.rows
+        columns = [c for c in (*_SHOWN, *self.metrics) if any(row[c] is not None for row in rows)]
+        best = {}
+        for column in columns:
+            values = [row[column] for row in rows if row["status"] == "ok" and row[column] is not None]
+            best[column] = min(values) if values else None
+        titles = {"overhead_seconds": "beyond net", "nfe": "NFE"}
+        cells = [["solver", "budget", *(titles.get(c, c) for c in columns), ""]]
+        for row in rows:
+            line = [row["label"], row["budget"]]
+            for column in columns:
+                value = row[column]
+                star = value is not None and value == best[column] and row["status"] == "ok"
+                limit = self.floors.get(column, {})
+                near = value is not None and limit and value <= (limit["mean"] or 0.0) + 2.0 * (limit["std"] or 0.0)
+                line.append(_number(value, column) + ("*" if star else "~" if near else " "))
+            ok = row["status"] == "ok"
+            line.append("" if ok else f"{row['status']}: {row['reason']}")
+            cells.append(line)
+        if self.floors:
+            floor = [_number(self.floors.get(c, {}).get("mean"), c) + " " for c in columns]
+            cells.append(["(samples of one law)", "", *floor, ""])
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]) - 1)]
+        lines = []
+        for line in cells:
+            padded = [f"{line[i]:<{w}}" if i < 2 else f"{line[i]:>{w}}" for i, w in enumerate(widths)]
+            lines.append("  ".join([*padded, line[-1]]).rstrip())
+        return "\n".join([*lines, *self._notes(rows)])
+
+    def _notes(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What the columns mean here."""
+        n, repetitions = self.settings.get("n"), max((row["repetitions"] for row in rows), default=0)
+        notes = [f"{n} samples, {repetitions} repetition(s); * smallest of its column"]
+        if self.floors:
+            notes[0] += ", ~ within the noise between samples of one law"
+        for kind in ("deterministic", "stochastic"):
+            names = dict.fromkeys(row["reference"] for row in rows if row["kind"] == kind and row["reference"])
+            if names:
+                notes.append(f"path, {kind}: distance to the {'; '.join(names)}")
+        return notes
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows, unrounded; empty where there is no figure."""
+        rows = self.rows
+        names = [*_COLUMNS, *(c for name in self.metrics for c in (name, f"{name}_se"))]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        _write(path, text.getvalue())
+
+    def to_json(self, path: str | Path) -> None:
+        """Write everything but samples: settings, environment, floors, rows, orders and runs. Strict JSON."""
+        content = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "environment": self.environment,
+            "floors": self.floors,
+            "shape": list(self.shape),
+            "rows": self.rows,
+            "orders": self.orders(),
+            "runs": self.runs,
+        }
+        _write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Comparison:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: for any other file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']!r}")
+            parts = (content[k] for k in ("settings", "environment", "floors", "runs", "shape"))
+            return cls(*parts)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a comparison written by to_json ({error}).") from error
+
+    # --- pictures -------------------------------------------------------------------------------------------------
+    def plot(self, path: str | Path, y: str | None = None) -> None:
+        """Draw error against network calls and against seconds, with fitted orders in the legend.
+
+        Args:
+            path: picture file, in any format of matplotlib.
+            y: column; the distance to the reference if there is one, else the first metric.
+        """
+        from scoresde.comparison.pictures import plot
+
+        y = self._best_column() if y is None else y
+        self._check_column(y)
+        plot(self, Path(path), y)
+
+    def sheet(self, path: str | Path, budget: str | None = None, columns: int = 12) -> None:
+        """Draw samples of the first repetition, one row (points: one panel) per solver.
+
+        All solvers start from the same noise: a column shows what each makes of it.
+
+        Args:
+            path: picture file.
+            budget: such as ``"nfe=20"``; each solver's last one that worked by default.
+            columns: images per row.
+
+        Raises:
+            ValueError: for data that are neither images nor points in the plane, or a comparison read from a file,
+                which holds no samples.
+        """
+        from scoresde.comparison.pictures import sheet
+
+        chosen: dict[str, Tensor] = {}
+        for (label, name), samples in self.samples.items():
+            if budget is None or name == budget:
+                row = next(r for r in self.rows if (r["label"], r["budget"]) == (label, name))
+                title = label if row["nfe"] is None else f"{label}\n{row['nfe']:.3g} calls"
+                chosen = {k: v for k, v in chosen.items() if k.split("\n")[0] != label} | {title: samples}
+        if not chosen:
+            where = f" at {budget}" if budget else ""
+            raise ValueError(
+                f"No samples to show{where}: they are kept for images (C, H, W) with 1 or 3 channels and for points "
+                f"(2,), in the comparison that made them; here samples have shape {self.shape}."
+            )
+        sheet(chosen, Path(path), self.range, columns)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean, or None if any is missing: a mean over some of the repetitions would not compare."""
+    found = [v for v in values if v is not None]
+    return statistics.fmean(found) if found and len(found) == len(values) else None
+
+
+def _standard_error(values: Sequence[float | None]) -> float | None:
+    found = [v for v in values if v is not None]
+    return statistics.stdev(found) / math.sqrt(len(found)) if len(found) == len(values) and len(found) > 1 else None
+
+
+def _slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float | None] | None:
+    """Least-squares slope and its standard error."""
+    if len(x) < 2:
+        return None
+    mean_x, mean_y = statistics.fmean(x), statistics.fmean(y)
+    spread = sum((a - mean_x) ** 2 for a in x)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
+    if len(x) == 2:
+        return slope, None
+    residual = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
+    return slope, math.sqrt(residual / (len(x) - 2) / spread)
+
+
+def _number(value: float | None, column: str) -> str:
+    if value is None:
+        return "-"
+    if column == "nfe":
+        return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
+    return f"{value:.2e}" if value != 0 and not 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+
+
+def _write(path: str | Path, text: str) -> None:
+    """Replace a file by a complete one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

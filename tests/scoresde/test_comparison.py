@@ -1,0 +1,329 @@
+"""`compare`: every column against something known, and what happens to bad input, failures and interruptions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from scoresde import Comparison, DataSpec, ScoreModel, UNet, compare
+from scoresde.comparison import describe, parse_spec
+from scoresde.comparison.specs import split_specs
+from scoresde.guidance import Wrapper
+from sde_lib import VPSDE, FlowSDE, GaussianMixture, Knot
+from solvers import (
+    DDIM,
+    GRIDS,
+    SOLVERS,
+    Ancestral,
+    Blended,
+    BrownianPath,
+    EulerMaruyama,
+    Heun,
+    Karras,
+    Multistep,
+    PerSample,
+    PredictorCorrector,
+    Recommended,
+    recommend,
+    solve,
+)
+
+MEAN, STD = 0.7, 0.5
+SDE = VPSDE()
+GAUSSIAN = GaussianMixture(torch.full((3,), MEAN, dtype=torch.float64)[None], std=STD)
+MIXTURE = GaussianMixture([[-1.0, 0.3], [0.8, -0.5], [0.2, 1.0]], std=[0.2, 0.3, 0.4])
+
+
+def exact_flow(x: Tensor, t: Knot, s: Knot) -> Tensor:
+    """Probability-flow map of Gaussian data: quantiles stay."""
+    here, there = (math.sqrt((STD * k.alpha) ** 2 + k.sigma**2) for k in (t, s))
+    return MEAN * s.alpha + there / here * (x - MEAN * t.alpha)
+
+
+def quick(solvers, **options):
+    options = {
+        "shape": (3,),
+        "n": 16,
+        "repetitions": 2,
+        "dtype": torch.float64,
+        "progress": False,
+        "nfe": (8,),
+    } | options
+    return compare(GAUSSIAN.reverse(SDE), solvers, **options)
+
+
+def by_hand(solver, grid, nfe: int, repetition: int, n: int = 16, end: str = "stop") -> tuple[Tensor, Tensor]:
+    """The run that a row stands for, from the public parts: same seeds, same start."""
+    import hashlib
+
+    digest = hashlib.blake2b(f"compare 0 {repetition}".encode(), digest_size=7).digest()
+    seeds = [int.from_bytes(digest, "little") + i for i in range(n)]
+    like = torch.empty(n, 3, dtype=torch.float64)
+    start = SDE.prior_std * PerSample(seeds).bind(like).normal("prior")
+    noise = BrownianPath(seeds)
+    return start, solve(GAUSSIAN.reverse(SDE), start, solver, nfe=nfe, grid=grid, end=end, rng=noise).x
+
+
+def test_path_error_against_the_exact_flow():
+    """path_rms and path_median are those of the runs by hand; with `flow` and with the adaptive reference."""
+    gaps = []
+    for repetition in (0, 1):
+        start, end = by_hand(Heun(), "karras", 8, repetition)
+        exact = exact_flow(start, SDE.knot(1.0), SDE.knot(SDE.t_min))
+        gaps.append((end - exact).square().mean(1).sqrt())
+    rms = math.sqrt(float(torch.stack(gaps).square().mean()))
+    median = sum(float(g.median()) for g in gaps) / 2
+    for flow in (exact_flow, None):
+        (row,) = quick("heun", end="stop", flow=flow).rows
+        assert row["path_rms"] == pytest.approx(rms, rel=1e-6) and row["path_median"] == pytest.approx(median, rel=1e-6)
+        assert row["nfe"] == 8 and row["steps"] == 4 and row["status"] == "ok"
+
+
+def test_strong_error_shrinks_on_one_path():
+    """A stochastic solver is measured against itself, finer, on the same Brownian path: order one, additive noise."""
+    grid = "uniform_half_log_snr"
+    got = quick(["ancestral"], nfe=(10, 20, 40), grid=grid, end="stop", n=32, repetitions=1, refine=16)
+    (fit,) = got.orders()
+    assert fit["against"] == "steps" and fit["points"] == 3 and 0.75 < fit["order"] < 1.35
+    assert "same path" in got.rows[0]["reference"]
+    row = quick(Ancestral(), grid=grid, end="stop", refine=4).rows[0]
+    _, coarse = by_hand(Ancestral(), grid, 8, 0)
+    _, fine = by_hand(Ancestral(), grid, 32, 0)
+    first = float((coarse - fine).square().mean().sqrt())
+    assert quick(Ancestral(), grid=grid, end="stop", refine=4, repetitions=1).rows[0]["path_rms"] == pytest.approx(
+        first
+    )
+    assert row["repetitions"] == 2 and row["path_rms_se"] > 0
+
+
+def test_fitted_orders_are_the_solvers():
+    """DDIM 1, Heun 2 and the two-step method 2 on a Gaussian, where coarse runs are already in the asymptotic range."""
+    names = {"ddim": 1, "heun": 2, "dpmpp_2m": 2}
+    got = quick(list(names), nfe=(40, 80, 160), grid="uniform_half_log_snr", end="stop", flow=exact_flow, repetitions=1)
+    for fit in got.orders():
+        assert abs(fit["order"] - names[fit["label"]]) < 0.35 and fit["declared"] == names[fit["label"]]
+
+
+class Counted(Wrapper):
+    """Counts calls, and may sleep in each or break off."""
+
+    def __init__(self, inner, sleep: float = 0.0, stop_after: float = math.inf) -> None:
+        super().__init__(inner)
+        self.calls, self.sleep, self.stop_after = 0, sleep, stop_after
+
+    def __call__(self, x, t):
+        self.calls += 1
+        if self.calls > self.stop_after:
+            raise KeyboardInterrupt
+        time.sleep(self.sleep)
+        return self.inner(x, t)
+
+    def around(self, inner):
+        return Counted(inner)
+
+
+def test_time_of_the_network_is_not_the_solvers():
+    """A network that sleeps 4 ms per call: its time is the network's, and not in the seconds beyond it."""
+    slow = Counted(GAUSSIAN.reverse(SDE), sleep=0.004)
+    options = {"shape": (3,), "n": 8, "repetitions": 1, "progress": False, "path_error": False, "nfe": (20,)}
+    (row,) = compare(slow, "heun", **options).rows
+    assert row["network_seconds"] > 0.004 * row["nfe"]
+    assert row["seconds"] == pytest.approx(row["network_seconds"] + row["overhead_seconds"])
+    assert row["overhead_seconds"] < 0.5 * row["network_seconds"]
+
+
+def test_interrupted_and_resumed(tmp_path):
+    """Killed half-way, the second call does only what is missing, and the result is the uninterrupted one."""
+    options = {"shape": (2,), "n": 8, "repetitions": 2, "progress": False, "nfe": (4, 8), "dtype": torch.float64}
+    rev, solvers = MIXTURE.reverse(SDE), "ddim,heun,euler_maruyama"
+    whole = Counted(rev)
+    want = compare(whole, solvers, path=tmp_path / "whole.jsonl", **options)
+    with pytest.raises(KeyboardInterrupt):
+        compare(Counted(rev, stop_after=whole.calls // 2), solvers, path=tmp_path / "cut", **options)
+    file = tmp_path / "cut" / "compare.jsonl"
+    done = len(file.read_text().splitlines()) - 1
+    assert 0 < done < 12
+    with file.open("a") as half_written:
+        half_written.write('{"key": "half a li')
+    rest = Counted(rev)
+    got = compare(rest, solvers, path=tmp_path / "cut", **options)
+    assert rest.calls < whole.calls
+    for a, b in zip(got.rows, want.rows, strict=True):
+        for name in ("label", "budget", "nfe", "path_rms", "path_median"):
+            assert a[name] == pytest.approx(b[name])
+    again = Counted(rev)
+    compare(again, solvers, path=tmp_path / "cut", **options)
+    assert again.calls == 1  # the probe only
+    with pytest.raises(ValueError, match="n \\(8 then, 9 now\\)"):
+        compare(rev, solvers, path=tmp_path / "cut", **{**options, "n": 9})
+    with pytest.raises(ValueError, match="another score"):
+        other = GaussianMixture([[0.0, 0.0]], std=1.0).reverse(SDE)
+        compare(other, solvers, path=tmp_path / "cut", **options)
+    compare(rev, "ddim", path=tmp_path / "cut", resume=False, **{**options, "n": 9})
+
+
+def test_rows_for_what_does_not_work():
+    """A budget that is too small, a defect and a failing run cost their rows only."""
+
+    class Defect(DDIM):
+        def step(self, *args):
+            raise RuntimeError("oh no")
+
+    got = quick([("defect", Defect(), None), "heun", "unipc"], nfe=(1, 8), repetitions=1, end="stop")
+    status = {(row["label"], row["budget"]): row["status"] for row in got.rows}
+    assert status == {
+        ("defect", "nfe=1"): "failed",
+        ("defect", "nfe=8"): "failed",
+        ("heun", "nfe=1"): "skipped",
+        ("heun", "nfe=8"): "ok",
+        ("unipc", "nfe=1"): "skipped",
+        ("unipc", "nfe=8"): "ok",
+    }
+    assert "oh no" in got.rows[0]["reason"] and "at least 2" in got.table()
+    nan = SDE.reverse(score=lambda x, t: torch.where(t.reshape(-1, 1) < 0.3, math.nan, -x))
+    (row,) = compare(nan, "ddim", shape=(2,), n=4, nfe=(6,), repetitions=1, progress=False).rows
+    assert row["status"] == "failed" and "not finite" in row["reason"] and row["path_rms"] is None
+
+
+def test_distances_between_samples():
+    """More calls bring DDIM's samples to the noise floor; the floor is that of two samples of one law."""
+
+    def draw(count: int, seed: int) -> Tensor:
+        return MIXTURE.sample(count, torch.Generator().manual_seed(seed), torch.float64)
+
+    got = compare(
+        MIXTURE.reverse(SDE), "ddim", shape=(2,), n=400, nfe=(3, 40), repetitions=2, samples=draw, progress=False
+    )  # fmt: skip
+    few, many = got.rows
+    for name in ("sliced_wasserstein", "energy_distance", "mmd2"):
+        floor = got.floors[name]
+        assert few[name] > floor["mean"] + 4 * floor["std"] and few[name] > 3 * abs(many[name])
+    assert "~" in got.table() and "(samples of one law)" in got.table()
+    options = {"shape": (2,), "n": 400, "nfe": (40,), "samples": draw, "progress": False}
+    features = compare(MIXTURE.reverse(SDE), "ddim", features=lambda x: x**2, **options)
+    assert features.rows[0]["frechet_distance"] > 0
+
+
+def test_everybody_starts_alike_and_any_grid_or_end():
+    """One label per budget; a grid of one's own; chains; guidance counts; a score model needs no shape."""
+    labels = [row["label"] for row in quick("ddim, ddim@karras(rho=3), heun@blended", repetitions=1).rows]
+    assert labels == ["ddim", "ddim@karras(rho=3)", "heun@blended"]
+    chain = SDE.discretize(50)
+    (row,) = compare(
+        GAUSSIAN.reverse(chain), "ancestral", shape=(3,), n=8, nfe=(10,), repetitions=1, progress=False
+    ).rows  # fmt: skip
+    assert row["status"] == "ok" and "50 levels" in row["reference"] and row["path_rms"] > 0
+    one = compare(GAUSSIAN.reverse(FlowSDE()), "recommended,heun", shape=(3,), n=8, nfe=(6, 12), progress=False).rows
+    assert {row["status"] for row in one} == {"ok"}
+    model = ScoreModel(UNet((1, 8, 8), channels=8), SDE, "v", data_spec=DataSpec.integers((1, 8, 8), 17))
+    (row,) = compare(model, "ddim", n=4, nfe=(4,), repetitions=1, progress=False).rows
+    assert row["status"] == "ok" and row["samples"] == 4
+
+
+def test_recommended_is_what_recommend_says():
+    """The row of a budget is the recommended method's on the recommended grid; direct use agrees."""
+    got = quick("recommended", nfe=(6, 12, 30), end="stop", repetitions=1, flow=exact_flow)
+    for row, nfe in zip(got.rows, (6, 12, 30), strict=True):
+        best = recommend(nfe)
+        start, end = by_hand(best.solver, best.grid, nfe, 0)
+        exact = exact_flow(start, SDE.knot(1.0), SDE.knot(SDE.t_min))
+        assert row["path_rms"] == pytest.approx(float((end - exact).square().mean().sqrt()), rel=1e-9)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for noise in (False, True):
+        direct = solve(GAUSSIAN.reverse(SDE), x, Recommended(noise), steps=11, grid="blended", rng=1)
+        best = recommend(12, noise)
+        assert torch.equal(direct.x, solve(GAUSSIAN.reverse(SDE), x, best.solver, steps=11, grid="blended", rng=1).x)
+        assert int(direct.nfe[0]) == Recommended(noise).nfe(11)
+
+
+def test_files_and_pictures(tmp_path):
+    """CSV and JSON hold the rows unrounded; JSON reads back; pictures are drawn."""
+    got = compare(
+        MIXTURE.reverse(SDE), "ddim,heun,adaptive", shape=(2,), n=40, nfe=(5, 10), rtol=(1e-1, 1e-2), repetitions=2,
+        samples=lambda n, seed: MIXTURE.sample(n, torch.Generator().manual_seed(seed), torch.float64), progress=False,
+    )  # fmt: skip
+    got.to_csv(tmp_path / "a.csv")
+    got.to_json(tmp_path / "a.json")
+    with (tmp_path / "a.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["path_rms"]) for r in rows] == [r["path_rms"] for r in got.rows] and len(rows) == 6
+    back = Comparison.from_json(tmp_path / "a.json")
+    assert back.rows == got.rows and back.table() == got.table() and back.orders() == got.orders()
+    json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    for name, draw in (("a.png", got.plot), ("s.png", got.sheet), ("b.png", back.plot)):
+        draw(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
+    got.plot(tmp_path / "m.png", "energy_distance")
+    with pytest.raises(ValueError, match="y"):
+        got.plot(tmp_path / "x.png", "fid")
+    with pytest.raises(ValueError, match="No samples"):
+        back.sheet(tmp_path / "x.png")
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a comparison"):
+        Comparison.from_json(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("table", [SOLVERS, GRIDS])
+def test_text_says_what_it_builds(table):
+    """`describe` of anything reads back to it."""
+    for cls in table.values():
+        text = describe(cls())
+        text = text if table is SOLVERS else f"ddim@{text}"
+        entry = parse_spec(text)
+        assert (entry.solver if table is SOLVERS else entry.grid) == cls()
+    for solver in (Multistep(4, 5, "v", "angle"), PredictorCorrector("heun", "langevin"), EulerMaruyama(eta=0.5)):
+        if type(solver) in SOLVERS.values():
+            assert parse_spec(describe(solver)).solver == solver
+    assert parse_spec("ddim(eta=0.5)@karras(rho=5)").grid == Karras(rho=5)
+    assert parse_spec("recommended").grid == Blended() and parse_spec("recommended@karras").grid == Karras()
+    assert split_specs("a(b=1,c=(2,3)), d") == ["a(b=1,c=(2,3))", "d"]
+
+
+@pytest.mark.parametrize(
+    ("solvers", "options", "says"),
+    [
+        ("huen", {}, "Did you mean 'heun'"),
+        ("heun(stpes=1)", {}, "no option 'stpes'"),
+        ("ddim(eta=-1)", {}, "eta"),
+        ("ddim(0.5)", {}, "need their names"),
+        ("ddim(eta=__import__('os'))", {}, "literal"),
+        ("ddim@karas", {}, "karras"),
+        ("ddim,,heun", {}, "single commas"),
+        ("ddim(eta=(1", {}, "close"),
+        ("ddim,ddim", {}, "Two of the solvers"),
+        ("", {}, "commas|empty|solver"),
+        ([], {}, "empty"),
+        ("ddim", {"nfe": (0,)}, "nfe"),
+        ("ddim", {"nfe": (2.5,)}, "nfe"),
+        ("ddim", {"rtol": (0.0,)}, "rtol"),
+        ("ddim", {"n": 0}, "`n`"),
+        ("ddim", {"repetitions": 0}, "repetitions"),
+        ("ddim", {"end": "clean"}, "end"),
+        ("ddim", {"shape": None}, "shape"),
+        ("ddim", {"metrics": ["mmd2"]}, "give `samples`"),
+        ("ddim", {"samples": torch.zeros(9, 4)}, "samples"),
+        ("ddim", {"samples": torch.randn(50, 3), "metrics": ["fid"]}, "metric"),
+        ("ddim", {"refine": 1}, "refine"),
+        ("ddim", {"strong": DDIM()}, "strong"),
+        ("ddim", {"tolerance": 2.0}, "tolerance"),
+        ("ddim", {"dtype": torch.int64}, "dtype"),
+    ],
+)
+def test_bad_input(solvers, options, says):
+    """Refused before anything runs, in words that say what to do."""
+    with pytest.raises((ValueError, TypeError), match=says):
+        quick(solvers, **options)
+
+
+def test_bad_types():
+    """Not a problem, not a solver."""
+    with pytest.raises(TypeError, match="ReverseSDE"):
+        compare(lambda x: x, "ddim")
+    with pytest.raises(TypeError, match="solver"):
+        quick([DDIM])
