@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,31 +57,42 @@ class Independent(Noise):
         self.rng = rng
 
     def bind(self, x: Tensor) -> Draw:
-        if isinstance(self.rng, torch.Generator):
-            return _IndependentDraw(self.rng, x)
-        seed = int(torch.randint(2**62, ())) if self.rng is None else self.rng
-        return _IndependentDraw(torch.Generator(x.device).manual_seed(seed), x)
+        return _IndependentDraw(self.rng, x)
 
 
 class _IndependentDraw(Draw):
-    def __init__(self, generator: torch.Generator, x: Tensor) -> None:
-        self.generator, self.like = generator, x
-        self.start = generator.get_state()
-        self.kwargs: dict[str, Any] = {"generator": generator, "dtype": x.dtype, "device": x.device}
+    """The generator is made, or looked at, at the first draw: a run that draws nothing touches none."""
+
+    def __init__(self, rng: int | torch.Generator | None, x: Tensor, state: Tensor | None = None) -> None:
+        self.rng, self.like, self.state = rng, x, state
+        self.generator: torch.Generator | None = None
+
+    def _source(self) -> torch.Generator:
+        if self.generator is None:
+            if self.state is not None:  # a replay
+                device = self.rng.device if isinstance(self.rng, torch.Generator) else self.like.device
+                self.generator = torch.Generator(device).set_state(self.state)
+            elif isinstance(self.rng, torch.Generator):
+                self.generator = self.rng
+            else:
+                seed = int(torch.randint(2**62, ())) if self.rng is None else self.rng
+                self.generator = torch.Generator(self.like.device).manual_seed(seed)
+            self.state = self.generator.get_state()
+        return self.generator
 
     def __call__(self, t: Knot, s: Knot) -> Tensor:
-        return torch.randn(self.like.shape, **self.kwargs)
+        return self.normal()
 
     def normal(self, *key: Any) -> Tensor:
-        return torch.randn(self.like.shape, **self.kwargs)
+        like = self.like
+        return torch.randn(like.shape, generator=self._source(), dtype=like.dtype, device=like.device)
 
     def integer(self) -> int:
-        return int(torch.randint(2**62, (), generator=self.generator, device=self.generator.device))
+        generator = self._source()
+        return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
     def restart(self) -> Draw:
-        generator = torch.Generator(self.generator.device)
-        generator.set_state(self.start)
-        return _IndependentDraw(generator, self.like)
+        return _IndependentDraw(self.rng, self.like, self.state)
 
 
 class PerSample(Noise):
@@ -91,7 +100,9 @@ class PerSample(Noise):
 
     Normals come from a counter-based generator (the splitmix64 finalizer of Steele et al. 2014 over (seed, key,
     element), then Box-Muller): a function of its arguments, the same on every device up to rounding, with no loop over
-    samples. Asking again for an interval gives the same noise.
+    samples and nothing that waits for a device, so that runs on it compile and can be captured. Asking again for an
+    interval gives the same noise. In float32 the uniforms have 24 bits, as torch's own, and tails end at 6.0 standard
+    deviations; in float64 32 bits and 6.7.
 
     Args:
         seeds: B integers.
@@ -131,16 +142,19 @@ class _PerSampleDraw(Draw):
         return self
 
     def _normal(self, key: int | Tensor) -> Tensor:
-        streams = _mix_tensor(self.streams ^ key)
-        bits = _mix_tensor(streams[:, None] + self.counter)
+        return self.normals(self.streams + key).reshape(self.like.shape).to(self.like.dtype)
+
+    def normals(self, streams: Tensor) -> Tensor:
+        """Standard normals (*streams.shape, n) in float64 for a float64 state and float32 for others."""
+        bits = _mix_tensor(streams[..., None] + self.counter)
         dtype = torch.float64 if self.like.dtype == torch.float64 else torch.float32
-        # 32 bits each: u1 in (0, 1], u2 in [0, 1)
-        u1 = ((bits & 0xFFFFFFFF).double() + 1.0) * 2.0**-32
-        u2 = ((bits >> 32) & 0xFFFFFFFF).double() * 2.0**-32
-        radius, angle = torch.sqrt(-2.0 * torch.log(u1)), 2.0 * math.pi * u2
-        pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1)
-        flat = pairs.reshape(len(bits), -1)[:, : self.n].to(dtype)
-        return flat.reshape(self.like.shape).to(self.like.dtype)
+        # both halves of every word at once, as signed integers: uniform on [-1/2, 1/2)
+        halves = bits.view(torch.int32).to(dtype).mul_(2.0**-32).reshape(*bits.shape, 2)
+        floor = 2.0**-33 if dtype == torch.float64 else 2.0**-26  # half the smallest step, instead of log 0
+        radius = (halves[..., 0] + 0.5).clamp_(min=floor).log_().mul_(-2.0).sqrt_()
+        angle = halves[..., 1] * (2.0 * math.pi)
+        flat = torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], -1)
+        return flat if flat.shape[-1] == self.n else flat[..., : self.n]
 
 
 class BrownianPath(Noise):
@@ -149,9 +163,12 @@ class BrownianPath(Noise):
     The path runs in the clock in which the reverse SDE's noise is a standard Brownian motion,
     :math:`\tau = \alpha^2 / \sigma^2 = e^{2\lambda}`; ``draw(t, s)`` is its increment between two knots, scaled to unit
     variance. Increments over neighbouring intervals add up to the increment over both, so refining a grid refines
-    the noise. Values come from a tree of Brownian bridges, dyadic in lambda over [-16, 16] and 20 levels deep (cells
-    of 3e-5), on the counter-based normals of `PerSample`; two points within one cell do not know of each other.
-    `TorchSDE` takes only a seed from it and walks a path of its own.
+    the noise. Values come from a tree of Brownian bridges, dyadic in lambda over [-16, 16] and 18 levels deep, on the
+    counter-based normals of `PerSample`: a function of the seed and lambda alone, whatever was asked before. A run down
+    a grid finds the upper part of the tree in memory (19 values of the state's size) and draws the rest, about
+    19 - log2(32 / step) normals per knot: 12 for steps of 0.2 in lambda. Within a cell of 1.2e-4 in lambda the path is a
+    smooth bridge, so that rounding a time does not change it; steps shorter than that are refused. `TorchSDE` takes
+    only a seed from it and walks a path of its own.
 
     Args:
         seeds: an int, or one int per sample (sample i then keeps its path in any batch).
@@ -162,21 +179,40 @@ class BrownianPath(Noise):
 
     def bind(self, x: Tensor) -> Draw:
         seeds = [_mix(self.seeds) + i for i in range(len(x))] if isinstance(self.seeds, int) else list(self.seeds)
-        return _PathDraw(PerSample(seeds).bind(x), PerSample(seeds).bind(x.double()), x.dtype)
+        if len(seeds) != len(x):
+            raise ValueError(f"Need one seed per sample: got {len(seeds)} seeds for a batch of {len(x)}.")
+        return _PathDraw(_PerSampleDraw(seeds, x))
 
 
-_REACH, _DEPTH = 16.0, 20
+_REACH, _DEPTH = 16.0, 18
+_CELL = 2.0 * _REACH / 2**_DEPTH
+
+
+class _Node(NamedTuple):
+    """A bridged value: which node of its level, its clock, the path there."""
+
+    place: int
+    tau: float
+    w: Tensor
 
 
 class _PathDraw(Draw):
-    def __init__(self, draw: Draw, wide: Draw, dtype: torch.dtype) -> None:
-        self.draw, self.wide, self.dtype = draw, wide, dtype
+    def __init__(self, draw: _PerSampleDraw) -> None:
+        self.draw, self.like = draw, draw.like
         self.recent: dict[float, Tensor] = {}
+        self.ends: tuple[Tensor, Tensor] | None = None
+        self.branch: list[_Node] = []
 
     def __call__(self, t: Knot, s: Knot) -> Tensor:
-        increment = self._at(s.half_log_snr) - self._at(t.half_log_snr)
-        span = m.exp(2.0 * s.half_log_snr) - m.exp(2.0 * t.half_log_snr)
-        return (increment / m.sqrt(span)).to(self.dtype)
+        lam_t, lam_s = t.half_log_snr, s.half_log_snr
+        if not isinstance(lam_t, Tensor) and abs(lam_s - lam_t) < _CELL:
+            raise ValueError(
+                f"A BrownianPath resolves steps of {_CELL:.2g} in half_log_snr; the step from t = {t.t} to {s.t} has "
+                f"{abs(lam_s - lam_t):.2g}."
+            )
+        increment = self._at(lam_s) - self._at(lam_t)
+        span = m.exp(2.0 * lam_s) - m.exp(2.0 * lam_t)
+        return (increment / m.sqrt(span)).to(self.like.dtype)
 
     def normal(self, *key: Any) -> Tensor:
         return self.draw.normal(*key)
@@ -187,10 +223,19 @@ class _PathDraw(Draw):
     def restart(self) -> Draw:
         return self
 
+    def _normals(self, keys: Sequence[int | Tensor]) -> Tensor:
+        """One draw per key, in one pass, float64."""
+        z = self.draw.normals(torch.stack([self.draw.streams + key for key in keys]))
+        return z.reshape(len(keys), *self.like.shape).double()
+
     def _at(self, lam: Real) -> Tensor:
         """The path at lambda; on a fixed grid the last two values are remembered."""
+        if self.ends is None:
+            low, high = self._normals([_key("low"), _key("high")])
+            w_low = math.exp(-_REACH) * low
+            self.ends = w_low, w_low + math.sqrt(math.exp(2.0 * _REACH) - math.exp(-2.0 * _REACH)) * high
         if isinstance(lam, Tensor):
-            return self._descend(lam)
+            return self._rows(lam)
         if lam not in self.recent:
             if not lam < _REACH:
                 raise ValueError(f"A BrownianPath reaches up to half_log_snr = {_REACH}, got {lam}.")
@@ -198,31 +243,61 @@ class _PathDraw(Draw):
             self.recent = dict([*self.recent.items(), (lam, value)][-2:])
         return self.recent[lam]
 
-    def _descend(self, lam: Real) -> Tensor:
-        z = self.wide.normal
-        low, high, index = m.full_like(lam, -_REACH), m.full_like(lam, _REACH), m.full_like(lam, 0.0)
-        tau_low, tau_high = m.exp(2.0 * low), m.exp(2.0 * high)
-        w_low = m.sqrt(tau_low) * z("low")
-        w_high = w_low + m.sqrt(tau_high - tau_low) * z("high")
-        if not isinstance(lam, Tensor) and lam <= -_REACH:  # alpha = 0: the path starts at zero there
-            return m.exp(lam) / m.exp(-_REACH) * w_low
+    def _descend(self, lam: float) -> Tensor:
+        """Down the tree to a number, from where the last descent went another way."""
+        assert self.ends is not None
+        w_low, w_high = self.ends
+        if lam <= -_REACH:  # alpha = 0: the path starts at zero there
+            return math.exp(lam + _REACH) * w_low
+        middles, index, low, high = [], 0, -_REACH, _REACH
+        for _ in range(_DEPTH):
+            middle = 0.5 * (low + high)
+            middles.append((middle, index))
+            low, high, index = (middle, high, 2 * index + 1) if lam >= middle else (low, middle, 2 * index)
+        known = 0
+        while known < len(self.branch) and self.branch[known].place == middles[known][1]:
+            known += 1
+        fresh: list[int | Tensor] = [_key("tree", level, middles[level][1]) for level in range(known, _DEPTH)]
+        z = self._normals([*fresh, _key("leaf", index)])
+        tau_low, tau_high = math.exp(-2.0 * _REACH), math.exp(2.0 * _REACH)
+        branch = self.branch[:known]
         for level in range(_DEPTH + 1):
-            last = level == _DEPTH
-            mid = lam if last else 0.5 * (low + high)
-            tau = m.exp(2.0 * mid)
-            share = (tau - tau_low) / (tau_high - tau_low)
-            fresh = z("leaf", lam) if last else z("tree", float(level), index)
-            w = w_low + share * (w_high - w_low) + m.sqrt(share * (tau_high - tau)) * fresh
-            if isinstance(lam, Tensor) and isinstance(mid, Tensor):
-                up = lam >= mid
-                low, high = torch.where(up, mid, low), torch.where(up, high, mid)
-                tau_low, tau_high = torch.where(up, tau, tau_low), torch.where(up, tau_high, tau)
-                w_low, w_high = torch.where(up, w, w_low), torch.where(up, w_high, w)
-                index = 2.0 * index + up
-            elif lam >= mid:
-                low, tau_low, w_low, index = mid, tau, w, 2.0 * index + 1.0
+            if level < known:
+                middle, (_, tau, w) = middles[level][0], branch[level]
             else:
-                high, tau_high, w_high, index = mid, tau, w, 2.0 * index
+                middle = middles[level][0] if level < _DEPTH else lam
+                tau = math.exp(2.0 * middle)
+                share = (tau - tau_low) / (tau_high - tau_low)
+                w = torch.mul(w_low, 1.0 - share).add_(w_high, alpha=share)
+                w = w.add_(z[level - known], alpha=math.sqrt(share * (tau_high - tau)))
+                if level < _DEPTH:
+                    branch.append(_Node(middles[level][1], tau, w))
+            if lam >= middle:
+                tau_low, w_low = tau, w
+            else:
+                tau_high, w_high = tau, w
+        self.branch = branch
+        return w
+
+    def _rows(self, lam: Tensor) -> Tensor:
+        """Every row at its own lambda, (B, 1, …): the same tree, from the top."""
+        assert self.ends is not None
+        w_low, w_high = self.ends
+        low, high, index = (m.full_like(lam, v) for v in (-_REACH, _REACH, 0.0))
+        tau_low, tau_high = m.exp(2.0 * low), m.exp(2.0 * high)
+        w = w_low
+        for level in range(_DEPTH + 1):
+            leaf = level == _DEPTH
+            middle = lam if leaf else 0.5 * (low + high)
+            tau = m.exp(2.0 * middle)
+            share = (tau - tau_low) / (tau_high - tau_low)
+            z = self._normals([_key("leaf", index) if leaf else _key("tree", level, index)])[0]
+            w = (1.0 - share) * w_low + share * w_high + m.sqrt(share * (tau_high - tau)) * z
+            up = lam >= middle
+            low, high = torch.where(up, middle, low), torch.where(up, high, middle)
+            tau_low, tau_high = torch.where(up, tau, tau_low), torch.where(up, tau_high, tau)
+            w_low, w_high = torch.where(up, w, w_low), torch.where(up, w_high, w)
+            index = 2.0 * index + up
         return w
 
 
@@ -293,6 +368,7 @@ def as_draw(rng: Rng, x: Tensor) -> Draw:
 
 # --- counter-based bits: splitmix64's finalizer on Python ints and on int64 tensors (which wrap around) -------------
 _WEYL, _M1, _M2, _MASK = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, (1 << 64) - 1
+_ROUNDS = ((30, _MASK >> 30, _M1), (27, _MASK >> 27, _M2), (31, _MASK >> 31, None))
 
 
 def _mix(z: int) -> int:
@@ -309,19 +385,43 @@ def _signed(z: int) -> int:
 
 def _mix_tensor(z: Tensor) -> Tensor:
     z = z + _signed(_WEYL)
-    z = (z ^ ((z >> 30) & (_MASK >> 30))) * _signed(_M1)
-    z = (z ^ ((z >> 27) & (_MASK >> 27))) * _signed(_M2)
-    return z ^ ((z >> 31) & (_MASK >> 31))
+    for shift, mask, factor in _ROUNDS:
+        z ^= (z >> shift).bitwise_and_(mask)  # a logical shift: int64's own carries the sign along
+        if factor is not None:
+            z *= _signed(factor)
+    return z
 
 
 def _key(word: str, *values: Any) -> int | Tensor:
-    """A 64-bit hash of a word and numbers; a (B,) tensor if a number is per sample."""
-    key: int | Tensor = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+    """A 64-bit hash of a word and numbers; a (B,) tensor if a number is per sample.
+
+    Plain integer arithmetic, which a compiler can follow.
+    """
+    key: int | Tensor = _WORDS.get(word) or _word(word)
     for value in values:
         if isinstance(value, Tensor):
-            bits = value.reshape(-1).double().view(torch.int64)
-            key = _mix_tensor((_signed(key) if isinstance(key, int) else key) ^ bits)
+            mantissa, exponent = torch.frexp(value.reshape(-1).double())
+            whole = (mantissa * 2.0**53).long()
+            key = _mix_tensor((_signed(key) if isinstance(key, int) else key) ^ whole)
+            key = _mix_tensor(key ^ exponent.long())
+            continue
+        number = float(value)
+        if math.isinf(number):
+            parts = (1 if number > 0 else -1, 4096)
         else:
-            bits_of = struct.unpack("<Q", struct.pack("<d", float(value)))[0]
-            key = _mix(key ^ bits_of) if isinstance(key, int) else _mix_tensor(key ^ _signed(bits_of))
+            share, power = math.frexp(number)
+            parts = (int(share * 2.0**53), power)
+        for part in parts:
+            key = _mix(key ^ (part & _MASK)) if isinstance(key, int) else _mix_tensor(key ^ part)
     return _signed(key) if isinstance(key, int) else key
+
+
+def _word(word: str) -> int:
+    """FNV-1a."""
+    h = 0xCBF29CE484222325
+    for byte in word.encode():
+        h = ((h ^ byte) * 0x100000001B3) & _MASK
+    return h
+
+
+_WORDS = {word: _word(word) for word in ("interval", "tree", "leaf", "corrector")}

@@ -12,7 +12,8 @@ from oracles import make_sde
 from scipy import stats
 from torch import Tensor
 
-from solvers import Independent, PerSample, Recorded, as_draw
+from sde_lib import EDMSDE, Knot
+from solvers import DDIM, BrownianPath, Independent, PerSample, Recorded, as_draw, solve
 
 SDE = make_sde("vp")
 T, U, S = SDE.knot(0.8), SDE.knot(0.5), SDE.knot(0.2)
@@ -122,10 +123,15 @@ def test_a_sample_is_a_function_of_its_seed(shape, dtype):
 
 
 def test_float32_is_the_rounded_float64():
-    """One stream of bits for every dtype."""
-    single = PerSample([1, 2]).bind(torch.zeros(2, 50))(T, S)
-    double = PerSample([1, 2]).bind(torch.zeros(2, 50, dtype=torch.float64))(T, S)
-    assert torch.equal(single, double.float())
+    """One stream of bits for every dtype: equal up to the rounding of a uniform to 24 bits.
+
+    The radius sqrt(-2 log u) moves by du / (u radius): 3e-8 of it in the bulk, up to about sqrt(2 * 1.2e-7) where it
+    vanishes, and more in the tail, where u itself is a few steps of 2^-25.
+    """
+    x = torch.zeros(50, 4000)
+    single, double = (PerSample(list(range(50))).bind(x.to(d))(T, S).double() for d in (torch.float32, torch.float64))
+    gap = (single - double).abs()
+    assert float(gap.max()) < 0.5 and float(gap[double.abs() < 3].max()) < 1e-3 and float(gap.median()) < 2e-7
 
 
 def test_per_sample_knots_give_the_row_noise():
@@ -137,6 +143,90 @@ def test_per_sample_knots_give_the_row_noise():
     for i, seed in enumerate((4, 7)):
         knots = SDE.knot(at, ndim=2).select(torch.tensor([i])), SDE.knot(to, ndim=2).select(torch.tensor([i]))
         assert torch.equal(PerSample([seed]).bind(x[:1])(*knots)[0], rows[i])
+
+
+# --- the Brownian path ----------------------------------------------------------------------------------------------
+LAMBDAS = [-4.6, -3.0, -2.5, -2.4, -1.0, 0.0, 0.013, 0.5, 1.7, 2.0, 4.0]
+
+
+def at(lam: float) -> Knot:
+    return SDE.knot_at(lam)
+
+
+def path(seeds, n: int, dtype=torch.float64):
+    count = len(seeds) if isinstance(seeds, list) else 1
+    return as_draw(BrownianPath(seeds), torch.zeros(count, n, dtype=dtype))
+
+
+def test_path_increments_are_normal_and_independent():
+    """Unit increments between dyadic and other places: Kolmogorov-Smirnov each, covariance matrix the identity."""
+    seeds = list(range(32))
+    draw = path(seeds, 512)
+    rows = torch.stack([draw(at(a), at(b)).flatten() for a, b in itertools.pairwise(LAMBDAS)])
+    p = [stats.kstest(row.numpy(), "norm").pvalue for row in rows]
+    assert min(p) > 1e-3 / len(p)
+    pairs = standardized_correlations(rows)
+    assert float(pairs.abs().max()) < bound(1e-3, len(pairs))
+    pairs = standardized_correlations(draw(at(-1.0), at(1.0)))  # across samples of neighbouring seeds
+    assert float(pairs.abs().max()) < bound(1e-3, len(pairs))
+    n = rows.shape[1]
+    assert float((rows.square().mean(1) - 1).abs().max()) < 5 * math.sqrt(2 / n)
+
+
+def test_path_covariance():
+    """Over many seeds: Cov(W(a), W(b)) is the smaller clock, for overlapping intervals from one start."""
+    draw = path(list(range(200)), 200)
+    clock = [math.exp(2 * lam) - math.exp(2 * LAMBDAS[0]) for lam in LAMBDAS[1:]]
+    values = [draw(at(LAMBDAS[0]), at(lam)).flatten() * math.sqrt(c) for lam, c in zip(LAMBDAS[1:], clock, strict=True)]
+    n = len(values[0])
+    for i, j in itertools.combinations_with_replacement(range(len(clock)), 2):
+        want = min(clock[i], clock[j])
+        spread = math.sqrt((clock[i] * clock[j] + want**2) / n)  # of a product of two correlated normals
+        assert abs(float((values[i] * values[j]).mean()) - want) < 5 * spread
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_path_refines(dtype):
+    """Scaled increments over a refinement add up to the increment over the whole."""
+    draw = path([1, 2, 3], 6, dtype)
+    whole = draw(at(LAMBDAS[0]), at(LAMBDAS[-1]))
+    clock = math.exp(2 * LAMBDAS[-1]) - math.exp(2 * LAMBDAS[0])
+    total = torch.zeros_like(whole, dtype=torch.float64)
+    for a, b in itertools.pairwise(LAMBDAS):
+        total += draw(at(a), at(b)).double() * math.sqrt(math.exp(2 * b) - math.exp(2 * a))
+    torch.testing.assert_close(
+        total / math.sqrt(clock), whole.double(), rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-9
+    )
+
+
+def test_path_is_a_function_of_its_seed_and_place():
+    """Whatever was asked before, in whatever batch, for the whole batch or per row: the same value."""
+    draw = path([7, 8], 5)
+    order = [3, 9, 0, 4, 9, 1, 6, 2, 8, 5, 7]
+    for i in order:
+        a, b = at(-5.0), at(LAMBDAS[i])
+        value = draw(a, b)
+        assert torch.equal(value, path([7, 8], 5)(a, b)) and torch.equal(value, draw(a, b))
+        assert torch.equal(value[1:], path([8], 5)(a, b))
+    to = torch.tensor([0.3, 1.4], dtype=torch.float64)
+    rows = path([7, 8], 5)(SDE.knot_at(torch.full((2, 1), -2.0, dtype=torch.float64)), SDE.knot_at(to[:, None]))
+    for i in range(2):
+        torch.testing.assert_close(rows[i], draw(at(-2.0), at(float(to[i])))[i], rtol=1e-9, atol=1e-9)
+
+
+def test_path_ends():
+    """From alpha = 0 (where the clock starts), to low noise; one int for a batch; what is refused."""
+    flow = make_sde("flow")
+    draw = as_draw(BrownianPath(3), torch.zeros(4000, 2, dtype=torch.float64))
+    z = draw(flow.knot(1.0), flow.knot(0.5)).flatten()
+    assert stats.kstest(z.numpy(), "norm").pvalue > 1e-3
+    assert not torch.equal(z[:2], z[2:4]) and torch.isfinite(draw(at(4.0), at(4.5))).all()
+    with pytest.raises(ValueError, match="resolves steps"):
+        draw(at(0.5), at(0.50005))
+    with pytest.raises(ValueError, match="reaches up to"):
+        draw(at(0.0), EDMSDE(t_min=1e-8).knot(1e-8))
+    with pytest.raises(ValueError, match="2 seeds for a batch of 3"):
+        BrownianPath([1, 2]).bind(torch.zeros(3, 1))
 
 
 # --- the other sources ----------------------------------------------------------------------------------------------
@@ -166,6 +256,19 @@ def test_restart_does_not_disturb_the_run():
     reference = torch.Generator().manual_seed(1)
     torch.randn(4, generator=reference)
     assert torch.equal(draw(U, S), torch.randn(4, generator=reference))
+
+
+def test_what_draws_nothing_touches_no_generator():
+    """A deterministic run leaves torch's global stream, and a generator it is given, where they were."""
+    x = torch.ones(2, 3)
+    torch.manual_seed(3)
+    before, generator = torch.get_rng_state(), torch.Generator().manual_seed(4)
+    for rng in (None, generator, 5):
+        solve(SDE.reverse(score=lambda x, t: -x), x, DDIM(), steps=3, rng=rng)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(4).get_state())
+    noisy = [solve(SDE.reverse(score=lambda x, t: -x), x, DDIM(eta=1.0), steps=3, rng=None).x for _ in range(2)]
+    assert not torch.equal(*noisy)
 
 
 def test_recorded_noise():
