@@ -35,9 +35,8 @@ def main() -> None:
     torch.set_num_threads(1)
     sde = VPSDE()
     knots = make_knots(sde, "uniform_half_log_snr", STEPS)
-    print(
-        "| batch | torch.randn | a seed per sample | ratio | Brownian path | torchsde BrownianTree |\n|---|---|---|---|---|---|"
-    )
+    print("| batch | torch.randn | a seed per sample | ratio | Brownian path | torchsde BrownianTree |")
+    print("|---|---|---|---|---|---|")
     for shape in ((64, 3, 8, 8), (64, 3, 32, 32), (4096, 2)):
         x = torch.zeros(shape)
         generator = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from sde_lib import Knot
 from sde_lib import _math as m
 from sde_lib._math import Real
+from solvers.exponential import rescaled
 
 
 class Draw:
@@ -186,6 +187,7 @@ class BrownianPath(Noise):
 
 _REACH, _DEPTH = 16.0, 18
 _CELL = 2.0 * _REACH / 2**_DEPTH
+_SMALL = 16384  # elements: above, one pass over several draws only misses the cache
 
 
 class _Node(NamedTuple):
@@ -212,7 +214,7 @@ class _PathDraw(Draw):
             )
         increment = self._at(lam_s) - self._at(lam_t)
         span = m.exp(2.0 * lam_s) - m.exp(2.0 * lam_t)
-        return (increment / m.sqrt(span)).to(self.like.dtype)
+        return rescaled(increment, 1.0 / m.sqrt(span)).to(self.like.dtype)
 
     def normal(self, *key: Any) -> Tensor:
         return self.draw.normal(*key)
@@ -223,10 +225,12 @@ class _PathDraw(Draw):
     def restart(self) -> Draw:
         return self
 
-    def _normals(self, keys: Sequence[int | Tensor]) -> Tensor:
-        """One draw per key, in one pass, float64."""
-        z = self.draw.normals(torch.stack([self.draw.streams + key for key in keys]))
-        return z.reshape(len(keys), *self.like.shape).double()
+    def _normals(self, keys: Sequence[int | Tensor]) -> Sequence[Tensor] | Tensor:
+        """One draw per key; float64 for a float64 state, else float32. Small ones in one pass."""
+        streams = [self.draw.streams + key for key in keys]
+        if self.like.numel() > _SMALL:
+            return [self.draw.normals(stream).reshape(self.like.shape) for stream in streams]
+        return self.draw.normals(torch.stack(streams)).reshape(len(keys), *self.like.shape)
 
     def _at(self, lam: Real) -> Tensor:
         """The path at lambda; on a fixed grid the last two values are remembered."""
@@ -292,7 +296,7 @@ class _PathDraw(Draw):
             tau = m.exp(2.0 * middle)
             share = (tau - tau_low) / (tau_high - tau_low)
             z = self._normals([_key("leaf", index) if leaf else _key("tree", level, index)])[0]
-            w = (1.0 - share) * w_low + share * w_high + m.sqrt(share * (tau_high - tau)) * z
+            w = rescaled(w_low, 1.0 - share) + rescaled(w_high, share) + rescaled(z, m.sqrt(share * (tau_high - tau)))
             up = lam >= middle
             low, high = torch.where(up, middle, low), torch.where(up, high, middle)
             tau_low, tau_high = torch.where(up, tau, tau_low), torch.where(up, tau_high, tau)
