@@ -1,5 +1,6 @@
 """Write every notebook from its .py source, executed, with its outputs: ``make notebooks``."""
 
+import os
 from pathlib import Path
 
 import jupytext
@@ -11,6 +12,7 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> None:
     """Execute and store."""
+    os.environ.pop("MPLBACKEND", None)  # pictures go into the notebook, whatever is set for scripts
     for source in sorted(HERE.glob("[0-9]*.py")):
         notebook = jupytext.read(source)
         NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False).execute(cwd=str(HERE))

@@ -20,6 +20,7 @@ def test_the_stored_notebook_is_its_source_with_outputs(source):
     assert [c.source for c in stored.cells] == [c.source for c in written.cells]
     printed = [c for c in stored.cells if c.cell_type == "code" and c.outputs]
     assert printed, "stored without outputs: run `make notebooks`"
+    assert any("image/png" in o.get("data", {}) for c in printed for o in c.outputs), "stored without pictures"
     assert not any(o.output_type == "error" for c in printed for o in c.outputs)
 
 
