@@ -59,6 +59,7 @@ SOLVERS: Mapping[str, type[Solver]] = {
     "ddim": DDIM,
     "er_sde": ERSDE,
     "predictor_corrector": PredictorCorrector,
+    "recommended": Recommended,
     "heun": Heun,
     "midpoint": Midpoint,
     "rk4": RK4,

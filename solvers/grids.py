@@ -463,7 +463,8 @@ def make_knots(
         needs_drift: start where f and g are finite.
 
     Raises:
-        ValueError: for a grid that is not strictly monotone or leaves [t_min, t_max], for steps that do not fit.
+        ValueError: for a grid that is not strictly monotone or leaves [t_min, t_max], for steps that do not fit, for
+            given times that start at alpha = 0 with `needs_drift`.
     """
     if end not in ENDS:
         raise ValueError(f'`end` must be "stop" or "denoise", got {end!r}.')
@@ -503,12 +504,25 @@ def make_knots(
             elif isinstance(k.law, SDE) and k.law != law:
                 raise ValueError(f"The knots belong to {k.law}, the score model to {law}.")
         _check_inside(law, [k.t for k in knots if not k.is_data])
+        _check_start(law, knots[0], needs_drift)
         return knots if end == "stop" or knots[-1] is DATA else (*knots, DATA)
     try:
         times = [float(t) for t in (grid.double().tolist() if isinstance(grid, Tensor) else grid)]
     except (TypeError, ValueError) as error:
         raise ValueError(f"Given times must be a 1-D sequence of numbers, got {type(grid).__name__}.") from error
-    return _finish(law, times, end)
+    knots = _finish(law, times, end)
+    _check_start(law, knots[0], needs_drift)
+    return knots
+
+
+def _check_start(law: Law, first: Knot, needs_drift: bool) -> None:
+    """Raise if given times start where a solver that needs f, g or lambda cannot."""
+    if needs_drift and isinstance(law, SDE) and not first.per_sample and first.alpha == 0.0:
+        raise ValueError(
+            f"This solver cannot start at t = {first.t}, where alpha = 0 and half_log_snr is infinite: start at "
+            f"t = {law.drift_t_max}, or use one that can (DDIM, a multistep method in the data prediction with "
+            'starter="ramp" and no corrector).'
+        )
 
 
 def _finish(law: Any, times: list[float], end: str) -> tuple[Knot, ...]:

@@ -118,10 +118,11 @@ CORRECTORS: Mapping[str, type[Corrector]] = {"langevin": Langevin, "annealed_lan
 
 
 def predictors() -> Mapping[str, type[Solver]]:
-    """Name -> class of what may predict: every fixed-step solver of the table."""
+    """Name -> class of what may predict: every fixed-step solver of the table that has a step of its own."""
     from solvers import SOLVERS  # the table holds this module's class too
 
-    return {name: cls for name, cls in SOLVERS.items() if not cls.adaptive and cls is not PredictorCorrector}
+    own = {name: cls for name, cls in SOLVERS.items() if not cls.adaptive and cls is not PredictorCorrector}
+    return {name: cls for name, cls in own.items() if cls.step is not Solver.step}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sde_lib import Knot
+from sde_lib import Knot, Law
 from solvers.grids import Blended, Grid
 from solvers.multistep import Multistep, SASolver
 from solvers.solver import Solver
@@ -73,7 +73,7 @@ def recommend(nfe: int, stochastic: bool = False) -> Recommendation:
     the data: they are smoother in time than a network is. With strong guidance lower orders and the data prediction
     (`DPMpp2M`) are the usual, more careful choice; it was not measured.
 
-    On a chain take the solver alone: the levels are the grid.
+    On a chain take the solver alone: its levels are the grid.
 
     Args:
         nfe: network calls per sample, >= 1.
@@ -84,7 +84,7 @@ def recommend(nfe: int, stochastic: bool = False) -> Recommendation:
     """
     least = 2 if stochastic else 1
     if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < least:
-        raise ValueError(f"`nfe` must be an int >= {least}, got {nfe!r}.")
+        raise ValueError(f"`nfe`, the budget of network calls, must be an int >= {least}, got {nfe!r}.")
     if stochastic:
         at = _nearest(nfe, _MEASURED_STOCHASTIC)
         solver: Solver = SASolver(variable="noise_ratio")
@@ -125,12 +125,23 @@ class Recommended(Solver):
         """The recommended solver itself."""
         return recommend(nfe, self.noise).solver.within(nfe, end)
 
+    def steps_for(self, nfe: int, end: str = "stop") -> int:
+        return self.within(nfe, end)[1]
+
     def nfe(self, steps: int, end: str = "stop") -> int:
         return self._for(steps).nfe(steps, end)
 
+    def on(self, law: Law) -> Solver:
+        """On a chain too."""
+        return self
+
     def bind(self, knots: Sequence[Knot]) -> Solver:
         """The solver for as many steps."""
-        return self._for(len(knots) - 1).bind(knots)
+        return self._for(sum(not k.is_data for k in knots) - 1).bind(knots)
 
     def _for(self, steps: int) -> Solver:
-        return recommend(steps + 1, self.noise).solver
+        """The solver of the smallest budget that comes to as many steps."""
+        for nfe in (steps, steps + 1):
+            if nfe >= 1 + self.noise and self.within(nfe)[1] == steps:
+                return recommend(nfe, self.noise).solver
+        raise ValueError(f"`steps` must be >= 1, got {steps}.")

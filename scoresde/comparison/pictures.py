@@ -83,7 +83,10 @@ def plot(result: Comparison, path: Path, y: str) -> None:
     right.set_xlabel(f"seconds for {result.settings['n']} samples ({result.environment.get('device', '')})")
     left.set_ylabel(_NAMES.get(y, y))
     for axis in (left, right):
-        _plain_ticks(axis)
+        _plain_ticks(axis.xaxis)
+    low, high = left.get_ylim()
+    if high / low < 100.0:
+        _plain_ticks(left.yaxis)
     note = "solid: probability-flow ODE; dashed: reverse SDE"
     if y.startswith("path"):
         note += ", against its own fine run on the same Brownian path (strong error)"
@@ -114,9 +117,9 @@ def _plain_ticks(axis: Any) -> None:
     """5, 10, 20 and 0.02, not powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def sheet(rows: Mapping[str, Tensor], path: Path, value_range: tuple[float, float] | None, columns: int) -> None:

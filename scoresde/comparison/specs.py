@@ -13,7 +13,6 @@ from solvers import COORDINATES, CORRECTORS, GRIDS, SOLVERS, Blended, Corrector,
 from solvers.external import FIXED
 from solvers.grids import GridLike
 
-_TABLE: Mapping[str, type[Solver]] = {**SOLVERS, "recommended": Recommended}
 _NESTED: Mapping[str, Mapping[str, Any]] = {
     "predictor": SOLVERS,
     "corrector": CORRECTORS,
@@ -95,7 +94,7 @@ def parse_spec(text: str) -> Entry:
             the constructor refuses.
     """
     head, at, tail = text.partition("@")
-    solver, options = _object(head.strip(), _TABLE, "solver")
+    solver, options = _object(head.strip(), SOLVERS, "solver")
     grid = _object(tail.strip(), GRIDS, "grid")[0] if at else Blended() if isinstance(solver, Recommended) else None
     return Entry("".join(text.split()), solver, grid, bool({"rtol", "atol"} & set(options)))
 
@@ -151,7 +150,7 @@ def _value(option: str, node: ast.expr) -> Any:
 
 def describe(thing: Any) -> str:
     """A solver, corrector, coordinate or grid as text that `parse_spec` reads: only what differs from the defaults."""
-    tables = (_TABLE, CORRECTORS, COORDINATES, GRIDS)
+    tables = (SOLVERS, CORRECTORS, COORDINATES, GRIDS)
     known = {cls: name for table in tables for name, cls in table.items()}
     name = known.get(type(thing), type(thing).__name__)
     if not is_dataclass(thing):

@@ -286,3 +286,12 @@ def test_singular_starts():
     for grid in (UniformTime(), UniformAngle(), Quadratic(), Geometric(), Cosine(), Beta(), Shifted()):
         assert make_knots(sde, grid, 5)[0].t == 1.0
         assert make_knots(sde, grid, 5, needs_drift=True)[0].t == sde.drift_t_max
+
+
+def test_given_times_from_no_signal():
+    """At alpha = 0 solvers that need f, g or a finite lambda are refused; those that do not are not."""
+    sde = make_sde("flow")
+    for grid in ([1.0, 0.4], [sde.knot(1.0), sde.knot(0.4)]):
+        assert len(make_knots(sde, grid, None)) == 2
+        with pytest.raises(ValueError, match=r"start at t = 0\.999"):
+            make_knots(sde, grid, None, needs_drift=True)
