@@ -8,6 +8,8 @@ USE_UV ?= 1
 WORKDIR ?= runs/demo
 # Options for pytest, e.g. make test PYTEST="--golden=../golden -k solvers"
 PYTEST ?=
+# Processes that share the tests; each has a torch of its own
+WORKERS ?= 2
 # uv reads no PIP_FIND_LINKS: hand it on where it is set
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export UV_PYTHON_DOWNLOADS = never
@@ -30,9 +32,9 @@ $(VENV)/.done: setup.py pyproject.toml constraints.txt
 demo: $(VENV)/.done
 	$(BIN)/python -m scoresde demo --workdir=$(WORKDIR)
 test: $(VENV)/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
 slow: $(VENV)/.done
-	$(BIN)/python -m pytest -m slow $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST)
 lint: $(VENV)/.done
 	$(BIN)/ruff check .
 types: $(VENV)/.done

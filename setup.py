@@ -50,6 +50,7 @@ setup(
             "mypy",
             "nbclient",
             "pytest>=8",
+            "pytest-xdist",
             "ruff",
             "setuptools>=77",
         ],

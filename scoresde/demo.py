@@ -29,12 +29,14 @@ from sde_lib import Chain
 from solvers import (
     DDIM,
     AdaptiveRungeKutta,
+    Blended,
     EulerMaruyama,
     Heun,
     Karras,
     Langevin,
     PredictorCorrector,
     Quadratic,
+    Recommended,
     ReverseDiffusion,
     Solver,
     UniformHalfLogSNR,
@@ -56,6 +58,7 @@ ROWS: Sequence[tuple[str, Solver, dict[str, Any]]] = (
     ),
     ("Heun", Heun(), {"steps": 18, "grid": Karras()}),
     ("DDIM", DDIM(), {"steps": 36, "grid": UniformHalfLogSNR()}),
+    ("recommended, 18 calls", Recommended(), {"nfe": 18, "grid": Blended()}),
     ("adaptive ODE", AdaptiveRungeKutta(rtol=1e-3, atol=1e-3), {}),
 )
 """What the table compares: name, solver, and how it is run."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import DATA, SDE, SDES, GaussianMixture, Knot, ReverseSDE
-from solvers import SOLVERS, Recorded, Solver, solve
+from solvers import SOLVERS, Recommended, Recorded, Solver, solve
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -463,7 +463,8 @@ def solver_cases() -> dict[str, Solver]:
 
 CASES = solver_cases()
 FIXED = {k: v for k, v in CASES.items() if not v.adaptive}
-ORDERED = {k: v for k, v in FIXED.items() if v.order > 0}
+# `Recommended` is another method at every number of steps: it has no order to observe
+ORDERED = {k: v for k, v in FIXED.items() if v.order > 0 and not isinstance(v, Recommended)}
 
 __all__ = [
     "CASES",
