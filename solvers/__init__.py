@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from solvers.adaptive import AdaptiveRungeKutta
+from solvers.adaptive import AdaptiveDPMSolver, AdaptiveRungeKutta
 from solvers.coordinates import COORDINATES, Angle, Coordinate, HalfLogSNR, NoiseRatio, Time
 from solvers.external import SciPyODE, TorchDiffEq, TorchSDE
 from solvers.first_order import (
@@ -14,6 +14,7 @@ from solvers.first_order import (
     ReverseDiffusion,
     denoising_error,
 )
+from solvers.gotta_go_fast import GottaGoFast
 from solvers.grids import (
     AYS_TABLES,
     GRIDS,
@@ -47,7 +48,18 @@ from solvers.multistep import (
 from solvers.noise import BrownianPath, Draw, Independent, Noise, PerSample, Recorded, as_draw
 from solvers.predictor_corrector import CORRECTORS, AnnealedLangevin, Corrector, Langevin, PredictorCorrector
 from solvers.recommend import Recommendation, Recommended, recommend
-from solvers.runge_kutta import RK4, TABLEAUX, BogackiShampine, DormandPrince, Heun, Midpoint, RungeKutta, Tableau
+from solvers.runge_kutta import (
+    RK4,
+    TABLEAUX,
+    BogackiShampine,
+    DormandPrince,
+    Heun,
+    Midpoint,
+    Ralston,
+    RungeKutta,
+    Tableau,
+    Tsitouras,
+)
 from solvers.singlestep import SEEDS2, DPMpp2S, DPMpp3S, DPMppSDE, DPMSolver2, DPMSolver3, SingleStep
 from solvers.solve import sample, solve
 from solvers.solver import Solution, Solver, SolverError, Status, Step, StepInfo
@@ -62,9 +74,11 @@ SOLVERS: Mapping[str, type[Solver]] = {
     "recommended": Recommended,
     "heun": Heun,
     "midpoint": Midpoint,
+    "ralston": Ralston,
     "rk4": RK4,
     "bogacki_shampine": BogackiShampine,
     "dormand_prince": DormandPrince,
+    "tsitouras": Tsitouras,
     "dpm_solver_2": DPMSolver2,
     "dpm_solver_3": DPMSolver3,
     "dpmpp_2s": DPMpp2S,
@@ -80,6 +94,8 @@ SOLVERS: Mapping[str, type[Solver]] = {
     "sde_dpmpp_3m": SDEDPMpp3M,
     "sa_solver": SASolver,
     "adaptive": AdaptiveRungeKutta,
+    "adaptive_dpm_solver": AdaptiveDPMSolver,
+    "gotta_go_fast": GottaGoFast,
     "torchdiffeq": TorchDiffEq,
     "torchsde": TorchSDE,
     "scipy": SciPyODE,
@@ -99,6 +115,7 @@ __all__ = [
     "SEEDS2",
     "SOLVERS",
     "TABLEAUX",
+    "AdaptiveDPMSolver",
     "AdaptiveRungeKutta",
     "AlignYourSteps",
     "AnalyticAncestral",
@@ -123,6 +140,7 @@ __all__ = [
     "Draw",
     "EulerMaruyama",
     "Geometric",
+    "GottaGoFast",
     "Grid",
     "HalfLogSNR",
     "Heun",
@@ -138,6 +156,7 @@ __all__ = [
     "Polyexponential",
     "PredictorCorrector",
     "Quadratic",
+    "Ralston",
     "Recommendation",
     "Recommended",
     "Recorded",
@@ -159,6 +178,7 @@ __all__ = [
     "Time",
     "TorchDiffEq",
     "TorchSDE",
+    "Tsitouras",
     "UniPC",
     "UniformAngle",
     "UniformHalfLogSNR",

@@ -167,8 +167,8 @@ class BrownianPath(Noise):
     the noise. Values come from a tree of Brownian bridges, dyadic in lambda over [-16, 16] and 18 levels deep, on the
     counter-based normals of `PerSample`: a function of the seed and lambda alone, whatever was asked before. A run down
     a grid finds the upper part of the tree in memory (19 values of the state's size) and draws the rest, about
-    19 - log2(32 / step) normals per knot: 12 for steps of 0.2 in lambda. Within a cell of 1.2e-4 in lambda the path is a
-    smooth bridge, so that rounding a time does not change it; steps shorter than that are refused. `TorchSDE` takes
+    19 - log2(32 / step) normals per knot: 12 for steps of 0.2 in lambda. Within a cell of 1.2e-4 in lambda the path is
+    a smooth bridge, so that rounding a time does not change it; steps shorter than that are refused. `TorchSDE` takes
     only a seed from it and walks a path of its own.
 
     Args:

@@ -27,6 +27,7 @@ class Tableau:
         c: stage nodes in [0, 1]; the first is 0.
         order: order of the step.
         error: b minus the embedded method's weights, or None.
+        dense: weights of the quartic part of the interpolant (see `interpolate`), or None for a cubic one.
     """
 
     a: tuple[tuple[float, ...], ...]
@@ -34,6 +35,7 @@ class Tableau:
     c: tuple[float, ...]
     order: int
     error: tuple[float, ...] | None = None
+    dense: tuple[float, ...] | None = None
 
     @property
     def stages(self) -> int:
@@ -45,11 +47,18 @@ class Tableau:
         """First same as last: the last stage is the next step's first."""
         return bool(self.a) and self.c[-1] == 1.0 and (*self.a[-1], 0.0) == self.b
 
+    @property
+    def dense_order(self) -> int:
+        """Order of the interpolant: its values between the ends of a step are off by h^(dense_order + 1)."""
+        return 2 if not self.fsal else 3 if self.dense is None else 4
+
 
 TABLEAUX: Mapping[str, Tableau] = {
     "euler": Tableau((), (1.0,), (0.0,), 1),
     "heun": Tableau(((1.0,),), (0.5, 0.5), (0.0, 1.0), 2, (-0.5, 0.5)),
     "midpoint": Tableau(((0.5,),), (0.0, 1.0), (0.0, 0.5), 2, (-1.0, 1.0)),
+    # Ralston 1962: of the two-stage methods, the one with the least bound of the local error
+    "ralston": Tableau(((2 / 3,),), (1 / 4, 3 / 4), (0.0, 2 / 3), 2, (-3 / 4, 3 / 4)),
     "rk4": Tableau(((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0.0, 0.5, 0.5, 1.0), 4),
     # Bogacki & Shampine 1989, order 3(2)
     "bogacki_shampine": Tableau(
@@ -59,7 +68,7 @@ TABLEAUX: Mapping[str, Tableau] = {
         3,
         (2 / 9 - 7 / 24, 1 / 3 - 1 / 4, 4 / 9 - 1 / 3, -1 / 8),
     ),
-    # Dormand & Prince 1980, order 5(4)
+    # Dormand & Prince 1980, order 5(4); interpolant of order 4: Shampine 1986, as in Hairer, Norsett & Wanner, II.6
     "dormand_prince": Tableau(
         (
             (1 / 5,),
@@ -81,6 +90,54 @@ TABLEAUX: Mapping[str, Tableau] = {
             11 / 84 - 187 / 2100,
             -1 / 40,
         ),
+        (
+            -12715105075 / 11282082432,
+            0.0,
+            87487479700 / 32700410799,
+            -10690763975 / 1880347072,
+            701980252875 / 199316789632,
+            -1453857185 / 822651844,
+            69997945 / 29380423,
+        ),
+    ),
+    # Tsitouras 2011, doi:10.1016/j.camwa.2011.06.002, order 5(4) with an interpolant of order 4: Table 1
+    "tsitouras": Tableau(
+        (
+            (0.161,),
+            (-0.008480655492356989, 0.335480655492357),
+            (2.8971530571054935, -6.359448489975075, 4.3622954328695815),
+            (5.325864828439257, -11.748883564062828, 7.4955393428898365, -0.09249506636175525),
+            (5.86145544294642, -12.92096931784711, 8.159367898576159, -0.071584973281401, -0.028269050394068383),
+            (
+                0.09646076681806523,
+                0.01,
+                0.4798896504144996,
+                1.379008574103742,
+                -3.290069515436081,
+                2.324710524099774,
+            ),
+        ),
+        (0.09646076681806523, 0.01, 0.4798896504144996, 1.379008574103742, -3.290069515436081, 2.324710524099774, 0.0),
+        (0.0, 0.161, 0.327, 0.9, 0.9800255409045097, 1.0, 1.0),
+        5,
+        (
+            -0.00178001105222577714,
+            -0.0008164344596567469,
+            0.007880878010261995,
+            -0.1447110071732629,
+            0.5823571654525552,
+            -0.45808210592918697,
+            1 / 66,
+        ),
+        (
+            -1.0530884977290216,
+            0.1017,
+            2.490627285651252793,
+            -16.54810288924490272,
+            47.37952196281928122,
+            -34.87065786149660974,
+            2.5,
+        ),
     ),
 }
 """Name -> tableau."""
@@ -89,11 +146,11 @@ Leaves = tuple[Tensor, ...]
 
 
 class RKStep(NamedTuple):
-    """New leaves, the embedded error of each (None without an embedded method), and the last stage's slopes."""
+    """New leaves, the embedded error of each (None without an embedded method), and the slopes of every stage."""
 
     leaves: Leaves
     errors: Leaves | None
-    last: Leaves
+    stages: Sequence[Leaves]
 
 
 def rk_step(
@@ -122,7 +179,45 @@ def rk_step(
     if not tableau.fsal:
         new = _advance(leaves, h, tableau.b, ks)
     errors = None if tableau.error is None else _advance(None, h, tableau.error, ks)
-    return RKStep(new, errors, ks[-1])
+    return RKStep(new, errors, ks)
+
+
+def interpolate(
+    tableau: Tableau, theta: Tensor, h: Tensor, old: Leaves, new: Leaves, stages: Sequence[Leaves]
+) -> Leaves:
+    r"""The state inside a step, at u + theta h, from what the step has worked out: no further evaluation.
+
+    First same as last: the cubic through both states and slopes, plus
+    :math:`\theta^2 (1 - \theta)^2 h \sum_i d_i k_i`, which is every quartic that is once continuously
+    differentiable from step to step; `Tableau.dense` holds d. Otherwise the parabola through both states and the first
+    slope.
+
+    Args:
+        tableau: the method.
+        theta: place within the step, (n,), in [0, 1].
+        h: signed step, (n,).
+        old: leaves at the start of the step.
+        new: leaves at its end.
+        stages: slopes of the stages.
+    """
+    out = []
+    for j, (y_0, y_1) in enumerate(zip(old, new, strict=True)):
+
+        def on(value: Tensor, like: Tensor = y_0) -> Tensor:
+            return value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+        first, rise = stages[0][j], y_1 - y_0
+        if not tableau.fsal:
+            out.append(y_0 + on(theta * (1.0 - theta) * h) * first + on(theta * theta) * rise)
+            continue
+        both = theta * (1.0 - theta)
+        y = y_0 + on(theta + both * (2.0 * theta - 1.0)) * rise
+        y = y + on(both * (1.0 - theta) * h) * first - on(both * theta * h) * stages[-1][j]
+        if tableau.dense is not None:
+            (quartic,) = _advance(None, both * both * h, tableau.dense, [(k[j],) for k in stages])
+            y = y + quartic
+        out.append(y)
+    return tuple(out)
 
 
 def _advance(leaves: Leaves | None, h: Real, weights: Sequence[float], ks: Sequence[Leaves]) -> Leaves:
@@ -315,6 +410,13 @@ class Midpoint(RungeKutta):
 
 
 @dataclass(frozen=True)
+class Ralston(RungeKutta):
+    """Ralston's method: two calls per step, order 2, the smallest bound of the local error of its kind."""
+
+    tableau: str = "ralston"
+
+
+@dataclass(frozen=True)
 class RK4(RungeKutta):
     """The classical method of order 4: four calls per step."""
 
@@ -333,4 +435,12 @@ class DormandPrince(RungeKutta):
     """Dormand-Prince 5(4) at fixed steps: six calls per step (first same as last)."""
 
     tableau: str = "dormand_prince"
+    coordinate: Coordinate | str = "angle"
+
+
+@dataclass(frozen=True)
+class Tsitouras(RungeKutta):
+    """Tsitouras 5(4) at fixed steps: six calls per step (first same as last)."""
+
+    tableau: str = "tsitouras"
     coordinate: Coordinate | str = "angle"

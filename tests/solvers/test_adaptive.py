@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,12 +28,18 @@ from sde_lib import VPSDE, GaussianMixture, Knot, ReverseSDE
 from solvers import (
     DDIM,
     TABLEAUX,
+    AdaptiveDPMSolver,
     AdaptiveRungeKutta,
+    DPMpp2S,
+    DPMpp3S,
+    DPMSolver2,
+    DPMSolver3,
     EulerMaruyama,
     Heun,
     Midpoint,
     RungeKutta,
     SciPyODE,
+    SingleStep,
     SolverError,
     Status,
     TorchDiffEq,
@@ -123,7 +130,7 @@ def test_order_conditions(name):
 @pytest.mark.parametrize("tableau", EMBEDDED)
 def test_error_is_proportional_to_the_tolerance(tableau):
     """Every sample within what its accepted steps allow, and falling with the tolerance at the expected slope."""
-    tolerances = [1e-3, 1e-4, 1e-5, 1e-6] if tableau in ("heun", "midpoint") else [1e-4, 1e-6, 1e-8, 1e-10]
+    tolerances = [1e-3, 1e-4, 1e-5, 1e-6] if TABLEAUX[tableau].order == 2 else [1e-4, 1e-6, 1e-8, 1e-10]
     worst = []
     data, ladder = mixture(), lambda_knots(make_sde("vp"), 40)
     x = quantiles(data, ladder[0], 41)
@@ -168,14 +175,193 @@ def test_finished_rows_leave_the_batch():
     assert all(a >= b for a, b in itertools.pairwise(rows))
 
 
-def test_reporting_grid():
-    """States at the grid's knots are on the exact trajectory; one more call restarts at each."""
+DENSE = {name: AdaptiveRungeKutta(tableau=name, rtol=1e-4, atol=1e-4) for name in EMBEDDED} | {
+    f"dpm_solver/{order}/{prediction}": AdaptiveDPMSolver(order=order, prediction=prediction, rtol=1e-4, atol=1e-4)
+    for order, prediction in ((2, "noise"), (3, "noise"), (3, "data"), (3, "v"), (3, "flow"))
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("upward", [False, True], ids=["down", "up"])
+def test_a_trajectory_costs_nothing(name, upward):
+    """With it and without, on any grid between the same ends: the same result bitwise, the same calls and steps.
+
+    The states in between are as good as the one at the end: within what the accepted steps allow there.
+    """
+    sde, data, solver = make_sde("vp"), mixture(), DENSE[name]
+    knots = lambda_knots(sde, 13)
+    knots = knots[::-1] if upward else knots
+    x = quantiles(data, knots[0], 41)
+    rev = data.reverse(sde)
+    plain = solve(rev, x, solver, grid=[knots[0], knots[-1]])
+    for trajectory in (False, True):
+        out = solve(rev, x, solver, grid=knots, trajectory=trajectory)
+        assert torch.equal(out.x, plain.x) and torch.equal(out.nfe, plain.nfe)
+        assert all(torch.equal(out.stats[k], plain.stats[k]) for k in ("accepted", "rejected"))
+    assert torch.equal(out.trajectory[0], x) and torch.equal(out.trajectory[-1], out.x)
+    for k in range(1, 13):
+        error = (out.trajectory[k] - flow_map(data, x, knots[0], knots[k])).abs()
+        check_within(error, allowed(data, x, knots[: k + 1], 1e-4, plain.stats["accepted"]))
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_order_of_dense_output(name):
+    """The interpolation error between the ends of the steps falls with the tolerance like the error at the end."""
     sde, data = make_sde("vp"), mixture()
-    knots = lambda_knots(sde, 4)
-    x = quantiles(data, knots[0], 11)
-    out = solve(data.reverse(sde), x, AdaptiveRungeKutta(rtol=1e-9, atol=1e-9), grid=knots, trajectory=True)
-    for state, knot in zip(out.trajectory, knots, strict=True):
-        torch.testing.assert_close(state, flow_map(data, x, knots[0], knot), rtol=0, atol=1e-7)
+    knots = lambda_knots(sde, 37)
+    x = quantiles(data, knots[0], 41)
+    exact = torch.stack([flow_map(data, x, knots[0], k) for k in knots[1:-1]])
+    solver, worst = DENSE[name], []
+    tolerances = (1e-3, 1e-6) if solver.order == 2 else (1e-4, 1e-8)
+    for tol in tolerances:
+        out = solve(data.reverse(sde), x, replace(solver, rtol=tol, atol=tol), grid=knots, trajectory=True)
+        worst.append(float((out.trajectory[1:-1] - exact).square().mean().sqrt()))
+    p = solver.order - 1
+    assert math.log(worst[0] / worst[1]) / math.log(tolerances[0] / tolerances[1]) > p / (p + 1) - 0.15
+
+
+def test_a_trajectory_of_a_sample_that_failed():
+    """NaN where the sample did not get, in it alone."""
+    sde, data = make_sde("vp"), mixture()
+    knots = lambda_knots(sde, 8)
+
+    def network(x: Tensor, knot: Knot) -> Tensor:
+        raw = data.reverse(sde).network(x, knot)
+        return torch.where((x > 0.0) & (knot.half_log_snr > 0.1), math.nan, raw)
+
+    rev = ReverseSDE(sde, network, data.reverse(sde).parameterization)
+    x = torch.tensor([-2.0, 2.0], dtype=torch.float64)
+    for solver in (AdaptiveRungeKutta(), AdaptiveDPMSolver()):
+        with pytest.warns(RuntimeWarning, match="sample 1"):
+            out = solve(rev, x, solver, grid=knots, trajectory=True)
+        reached = torch.isfinite(out.trajectory[:-1])
+        assert out.status.tolist() == [0, int(Status.NON_FINITE)] and bool(reached[:, 0].all())
+        assert bool(reached[:3, 1].all()) and not bool(reached[5:, 1].any())
+
+
+def test_few_steps_are_refused():
+    """PI control: an eighth of the steps at most, fewer than by the last error alone, and calls or error do not pay."""
+    sde, data = make_sde("vp"), mixture((2,))
+    ends = [sde.knot(sde.t_max), sde.knot(sde.t_min)]
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    rev = data.reverse(sde)
+    exact = solve(rev, x, AdaptiveRungeKutta(rtol=1e-12, atol=1e-12), grid=ends).x
+    for tol in (1e-3, 1e-5, 1e-7):
+        figures = {}
+        for beta in (0.0, 0.4):
+            out = solve(rev, x, AdaptiveRungeKutta(rtol=tol, atol=tol, beta=beta), grid=ends)
+            refused, taken = (float(out.stats[k].sum()) for k in ("rejected", "accepted"))
+            error = float((out.x - exact).square().mean(1).sqrt().median())
+            figures[beta] = refused / (refused + taken), float(out.nfe.double().mean()) * error ** (1 / 5)
+        assert figures[0.4][0] < 0.12 and figures[0.4][0] < figures[0.0][0]
+        # calls at equal error: calls^5 times error is constant for a method of order 5
+        assert figures[0.4][1] < 1.05 * figures[0.0][1]
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 16])
+def test_the_error_is_of_the_size_of_the_tolerance(dimensions):
+    """Median over samples within a twentieth of the tolerance and thrice it, over seven decades; all laws."""
+    generator = torch.Generator().manual_seed(dimensions)
+    means = torch.randn(5, dimensions, generator=generator, dtype=torch.float64)
+    data = GaussianMixture(means, std=0.1 + 0.2 * torch.rand(5, generator=generator, dtype=torch.float64))
+    for name in ("vp", "ve", "edm", "flow"):
+        sde = make_sde(name)
+        top = sde.knot(sde.t_max)
+        noise = torch.randn(32, dimensions, generator=generator, dtype=torch.float64)
+        x = top.alpha * data.sample(32, generator, torch.float64) + top.sigma * noise
+        rev = data.reverse(sde)
+        exact = solve(rev, x, AdaptiveRungeKutta(rtol=1e-12, atol=1e-12)).x
+        for tol in (1e-2, 1e-4, 1e-6, 1e-8):
+            out = solve(rev, x, AdaptiveRungeKutta(rtol=tol, atol=tol), strict=True)
+            median = float((out.x - exact).square().mean(1).sqrt().median())
+            assert tol / 50 < median < 3 * tol, (name, tol, median)
+
+
+# --- DPM-Solver -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("adaptive", "fixed"),
+    [
+        (AdaptiveDPMSolver(order=2), DPMSolver2()),
+        (AdaptiveDPMSolver(order=3), DPMSolver3()),
+        (AdaptiveDPMSolver(order=2, prediction="data"), DPMpp2S()),
+        (AdaptiveDPMSolver(order=3, prediction="data"), DPMpp3S()),
+        (AdaptiveDPMSolver(order=3, prediction="v"), SingleStep(stages=(1 / 3, 2 / 3), prediction="v")),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("shape", [(), (2, 2, 2)], ids=str)
+def test_one_step_is_the_fixed_step(adaptive, fixed, shape):
+    """Where every tolerance is met in one step it is that of the fixed-step method: the same formula, time per row."""
+    sde, data = make_sde("vp"), mixture(shape)
+    knots = lambda_knots(sde, 1, low=-0.3, high=0.2)
+    x = torch.randn(7, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = solve(data.reverse(sde), x, replace(adaptive, rtol=1e3, atol=1e3), grid=knots)
+    want = solve(data.reverse(sde), x, fixed, grid=knots)
+    torch.testing.assert_close(out.x, want.x, rtol=1e-13, atol=1e-13)
+    assert torch.equal(out.nfe, want.nfe)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("prediction", ["noise", "data", "v", "flow"])
+def test_dpm_solver_error_follows_the_tolerance(order, prediction):
+    """On the line against the exact quantile map: below ten tolerances, and falling at the slope of its order."""
+    worst = []
+    tolerances = (1e-3, 1e-5) if order == 2 else (1e-3, 1e-6)
+    for tol in tolerances:
+        error, out = flow_errors(AdaptiveDPMSolver(order=order, prediction=prediction, rtol=tol, atol=tol))
+        assert out.ok and float(error.max()) < 10 * tol
+        worst.append(float(error.square().mean().sqrt()))
+    slope = math.log(worst[0] / worst[1]) / math.log(tolerances[0] / tolerances[1])
+    assert slope > (order - 1) / order - 0.15
+
+
+@every_sde
+def test_dpm_solver_on_every_sde(name):
+    """From t_max to t_min, alpha = 0 included, in both forms, against the exact quantile map."""
+    sde, data = make_sde(name), mixture()
+    knots = [sde.knot(sde.t_max), sde.knot(sde.t_min)]
+    x = quantiles(data, knots[0], 21)
+    for prediction in ("noise", "data"):
+        solver = AdaptiveDPMSolver(prediction=prediction, rtol=1e-5, atol=1e-5)
+        out = solve(data.reverse(sde), x, solver, strict=True)
+        error = (out.x - flow_map(data, x, *knots)).abs()
+        assert float(error.median()) < 1e-5 * 5 and float(error.max()) < 1e-3
+
+
+def test_dpm_solver_calls():
+    """One call per place that was reached, and order - 1 for every try."""
+    for order in (2, 3):
+        sde, data = make_sde("vp"), mixture()
+        spy = Spy(data.reverse(sde))
+        out = solve(spy, quantiles(data, sde.knot(sde.t_max), 41), AdaptiveDPMSolver(order=order, rtol=1e-4, atol=1e-4))
+        taken, refused = out.stats["accepted"], out.stats["rejected"]
+        assert torch.equal(out.nfe, taken + (order - 1) * (taken + refused)) and int(refused.sum()) > 0
+        assert sum(n for _, n in spy.log) == int(out.nfe.sum())
+
+
+@pytest.mark.parametrize("solver", [AdaptiveRungeKutta(), AdaptiveDPMSolver(rtol=1e-4, atol=1e-5)], ids=repr)
+def test_single_precision(solver, device):
+    """A float32 state on any device: as good as its tolerance, against the float64 run at a tighter one."""
+    sde, data = make_sde("vp"), mixture((2,))
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(4))
+    want = solve(data.reverse(sde), x.double(), replace(solver, rtol=1e-9, atol=1e-9), end="denoise").x
+    out = solve(data.reverse(sde), x.to(device), solver, end="denoise", strict=True)
+    assert out.x.dtype == torch.float32 and out.x.device.type == device.type
+    assert float((out.x.cpu().double() - want).abs().median()) < 3 * solver.rtol
+
+
+def test_bad_dpm_solvers():
+    """Orders and predictions that are none."""
+    for make, says in (
+        (lambda: AdaptiveDPMSolver(order=1), "order"),
+        (lambda: AdaptiveDPMSolver(prediction="score"), "prediction"),
+        (lambda: AdaptiveDPMSolver(beta=-0.1), "beta"),
+        (lambda: AdaptiveRungeKutta(beta=math.nan), "beta"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            make()
 
 
 @pytest.mark.parametrize("coordinate", ["time", "noise_ratio", "half_log_snr", "angle"])

@@ -223,8 +223,9 @@ def flow_error(case: str, name: str) -> Callable[[int], list[float]]:
 def test_order_on_the_stated_flow(case):
     """The stated problem of the deterministic solvers: the same mixture under VP, against its exact quantile map."""
     order = ORDERED[case].order
-    # the quantile map is exact to EPS over the density, 0.02 at 2.5 standard deviations
-    check_order(flow_error(case, "vp"), order, {5: 24}.get(order, 40), floor=1e-13, equal=True)
+    # the quantile map is exact to EPS over the density, 0.02 at 2.5 standard deviations, and long runs round; order 5
+    # is at 1e-12 within 100 steps, where it only begins to show
+    check_order(flow_error(case, "vp"), order, {5: 24}.get(order, 40), floor={5: 1e-14}.get(order, 1e-13), equal=True)
 
 
 @every_sde
