@@ -28,6 +28,7 @@ from sde_lib import DATA, EDMSDE, SDE, VESDE, VPSDE, FlowSDE, GaussianMixture, K
 from solvers import (
     DDIM,
     ERSDE,
+    AdaptiveRungeKutta,
     AnalyticAncestral,
     Ancestral,
     Multistep,
