@@ -49,7 +49,7 @@ def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
     """Entry `name` of `table`; an unknown name lists the known ones and suggests the nearest."""
     if name not in table:
         known = ", ".join(sorted(table))
-        raise ValueError(f"Unknown {what} {name!r}; known: {known}.{did_you_mean(str(name), table)}")
+        raise ValueError(f"Unknown {what} {name!r}.{did_you_mean(str(name), table)} Known: {known}.")
     return table[name]
 
 

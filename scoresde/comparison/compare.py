@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.comparison.bench import Bench, Flow, Metric, grid_key, integers
+from scoresde.comparison.bench import Bench, grid_key, integers
+from scoresde.comparison.judges import Judges, Metric
+from scoresde.comparison.references import Flow, References
 from scoresde.comparison.result import Comparison
+from scoresde.comparison.runs import Runs
 from scoresde.comparison.specs import budgets_of, entries_of
 from scoresde.comparison.store import RunStore
 from scoresde.metrics import Features
@@ -59,7 +61,8 @@ def compare(
     seed, whatever the solver, grid or batch. A row of the result holds the means over repetitions of
 
     - ``nfe``: network calls per sample as counted by the run (guidance included), not the budget;
-    - ``seconds``: wall clock for all n samples. Drawing a shared path costs many times an ordinary draw and is an
+    - ``seconds``: wall clock for all n samples, after an untimed run of one sample (imports, tables of coefficients).
+      Drawing a shared path costs many times an ordinary draw and is an
       expense of the comparison, so the time it took is replaced by that of as many `torch.randn` calls;
     - ``network_seconds``: measured around each call inside the same run (events in the stream on a GPU: the run is not
       held up), and ``overhead_seconds`` = seconds - network_seconds, what the solver adds to the network;
@@ -118,69 +121,43 @@ def compare(
         TypeError, ValueError: for arguments that do not fit together, or a `path` with another comparison in it.
     """
     entries = entries_of(solvers)
-    bench = Bench(problem, shape, n, seed, grid, end, start, decode, batch_size, dtype, device)
-    bench.references(path_error, flow, tolerance, refine, strong)
-    bench.judges(samples, floor, metrics, features, repetitions)
-    nfe = integers("nfe", nfe)
+    nfe, (repetitions,) = integers("nfe", nfe), integers("repetitions", [repetitions])
     if isinstance(rtol, float | int):
         rtol = (rtol,)
     if not all(isinstance(r, float | int) and 0 < r < 1 for r in rtol):
         raise ValueError(f"`rtol` must hold numbers in (0, 1), got {rtol!r}.")
-    (repetitions,) = integers("repetitions", [repetitions])
-
+    paths = bool(path_error and refine)
+    bench = Bench(problem, shape, n, seed, grid, end, start, decode, batch_size, dtype, device, paths)
+    references = References(bench, path_error, flow, tolerance, refine, strong)
+    judges = Judges(samples, floor, metrics, features, bench.n, bench.data_shape, repetitions)
+    runs = Runs(bench, references, judges)
+    probe = runs.probe()
     store = None
     if path is not None:
         path = Path(path)
         path = path if path.suffix == ".jsonl" else path / "compare.jsonl"
-        loose = {torch.float64: 1e-8, torch.float32: 1e-4}.get(dtype, 1e-2)
-        store = RunStore(path, bench.settings(), bench.probe, loose, resume)
+        store = RunStore(path, runs.settings(), probe, resume)
     plan = [
         (r, entry, budget)
         for r in range(repetitions)
         for entry in entries
         for budget in budgets_of(entry, bench.grid_of(entry), nfe, rtol)
     ]
-    result = Comparison(bench.settings(), bench.environment(), bench.floors, shape=bench.data_shape, range=bench.range)
-    most = {entry.label: bench.most_steps(entry, nfe) for entry in entries}
+    result = Comparison(runs.settings(), runs.environment(), judges.floors, shape=bench.data_shape, range=bench.range)
+    most = {entry.label: references.most_steps(entry, nfe) for entry in entries}
     disable = None if progress is None else not progress
     with tqdm(plan, desc="comparing", unit="run", disable=disable, file=sys.stderr) as bar:
         for r, entry, budget in bar:
             bar.set_postfix_str(f"{entry.label} {budget.name}", refresh=False)
-            reference = bench.reference_name(entry, budget, most[entry.label])
+            reference = references.name(entry, budget, most[entry.label])
             where = grid_key(bench.grid_of(entry))
             key = f"{budget.solver!r} | {where} | {budget.name} | {reference} | repetition {r}"
-            run = None if store is None else store.runs.get(key)
-            if run is not None and run["status"] != "ok":  # what did not work may work now (a package, more memory)
-                run = None
-            kept = None if run is None or store is None else _load(store.path, run)
-            if run is None:
-                figures, kept = bench.execute(entry, budget, r, most[entry.label])
-                run = {"key": key, "repetition": r, "budget": budget.name, **figures}
+            done = None if store is None else store.find(key)
+            if done is None:
+                figures, kept = runs.execute(entry, budget, r, most[entry.label])
+                done = {"key": key, "repetition": r, "budget": budget.name, **figures}, kept
                 if store is not None:
-                    run["samples_file"] = _save(store.path, key, kept)
-                    store.add(run)
+                    store.add(*done)
+            run, kept = done
             result.add({**run, "label": entry.label}, kept)
     return result
-
-
-def _save(path: Path, key: str, kept: Tensor | None) -> str | None:
-    """Write the samples of a run beside the file of runs; the name relative to it."""
-    if kept is None:
-        return None
-    import numpy as np
-
-    name = f"{path.stem}_samples/{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    target = path.parent / name
-    target.parent.mkdir(exist_ok=True)
-    np.save(target, kept.numpy())
-    return name
-
-
-def _load(path: Path, run: Mapping[str, Any]) -> Tensor | None:
-    """The samples of a finished run, if they are still there."""
-    import numpy as np
-
-    name = run.get("samples_file")
-    if name is None or not (path.parent / name).is_file():
-        return None
-    return torch.from_numpy(np.load(path.parent / name))

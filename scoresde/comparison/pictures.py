@@ -40,7 +40,7 @@ def _figure(width: float, height: float, rows: int, columns: int, **options: Any
 
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.1)  # whatever the width of labels
 
 
 def plot(result: Comparison, path: Path, y: str) -> None:
@@ -49,36 +49,35 @@ def plot(result: Comparison, path: Path, y: str) -> None:
     for row in result.rows:
         if row["status"] == "ok" and row[y] is not None and row[y] > 0 and row["nfe"] and row["seconds"]:
             series.setdefault(row["label"], []).append(row)
+    if not series:
+        raise ValueError(f"Nothing to plot: no run has a {y} above zero.")
     fits = {fit["label"]: fit for fit in result.orders(y)}
     legend_rows = math.ceil(len(series) / 2)
     height = 4.2 + 0.22 * legend_rows + 0.15
     figure, axes = _figure(10.5, height, 1, 2, sharey=True)
     left, right = axes[0]
     for i, (label, rows) in enumerate(series.items()):
-        values = [row[y] for row in rows]
-        stochastic = rows[0]["kind"] == "stochastic"
+        rows = sorted(rows, key=lambda row: row["nfe"])  # the order in which the calls grow: times may not
+        errors = [row[y] for row in rows]
+        bars = tuple(zip(*(_bar(row.get(f"{y}_se"), row[y]) for row in rows), strict=True))
         style: dict[str, Any] = {
             "color": _COLOURS[i % len(_COLOURS)],
             "marker": _MARKERS[i % len(_MARKERS)],
-            "linestyle": "--" if stochastic else "-",
+            "linestyle": "--" if rows[0]["kind"] == "stochastic" else "-",
             "markersize": 5.5,
             "linewidth": 1.6,
         }
-        errors = [_bar(row.get(f"{y}_se"), row[y]) for row in rows]
         for axis, key in ((left, "nfe"), (right, "seconds")):
-            # the order in which the calls grow: times may not
-            line = sorted(zip([row[key] for row in rows], values, errors, strict=True)) if key == "nfe" else None
-            xs, ys, bars = zip(*(line or zip([row[key] for row in rows], values, errors, strict=True)), strict=True)
-            bounds = tuple(zip(*bars, strict=True))
-            axis.errorbar(xs, ys, yerr=bounds, elinewidth=0.9, **style, label=_named(label, fits))
-    floor = result.floors.get(y)
+            at = [row[key] for row in rows]
+            axis.errorbar(at, errors, yerr=bars, elinewidth=0.9, **style, label=_named(label, fits))
+    limit = result.noise_limit(y)
     for axis in (left, right):
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.grid(which="major", alpha=0.35)
         axis.grid(which="minor", alpha=0.12)
-        if floor and (floor["mean"] or 0.0) > 0:
-            axis.axhline(floor["mean"], color="0.4", linestyle=":", linewidth=1.2)
+        if limit is not None and limit > 0:
+            axis.axhline(limit, color="0.4", linestyle=":", linewidth=1.2)
     left.set_xlabel("network calls per sample (NFE)")
     right.set_xlabel(f"seconds for {result.settings['n']} samples ({result.environment.get('device', '')})")
     left.set_ylabel(_NAMES.get(y, y))
@@ -87,17 +86,26 @@ def plot(result: Comparison, path: Path, y: str) -> None:
     low, high = left.get_ylim()
     if high / low < 100.0:
         _plain_ticks(left.yaxis)
-    note = "solid: probability-flow ODE; dashed: reverse SDE"
-    if y.startswith("path"):
-        note += ", against its own fine run on the same Brownian path (strong error)"
-    if floor and (floor["mean"] or 0.0) > 0:
-        note += "; dotted: samples of one law"
-    figure.suptitle(f"{result.settings['law']}\n{note}", fontsize=9)
-    share = (0.22 * legend_rows + 0.15) / height
+    figure.suptitle(f"{result.settings['law']}\n{_note(result, y, series)}", fontsize=9)
+    share = (0.22 * legend_rows + 0.15) / height  # of the legend
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=2, fontsize=8.5, frameon=False)
     figure.subplots_adjust(left=0.075, right=0.985, top=1.0 - 0.55 / height, bottom=share + 0.5 / height, wspace=0.06)
     _save(figure, path)
+
+
+def _note(result: Comparison, y: str, series: Mapping[str, list[dict[str, Any]]]) -> str:
+    """What the lines are."""
+    kinds = {rows[0]["kind"] for rows in series.values()}
+    parts = []
+    if "deterministic" in kinds:
+        parts.append("solid: probability-flow ODE")
+    if "stochastic" in kinds:
+        fine = ", against a fine run on the same Brownian path (strong error)" if y.startswith("path") else ""
+        parts.append(f"dashed: reverse SDE{fine}")
+    if (result.noise_limit(y) or 0.0) > 0:
+        parts.append("below the dotted line: like samples of one law")
+    return "; ".join(parts)
 
 
 def _bar(error: float | None, value: float) -> tuple[float, float]:
@@ -107,7 +115,7 @@ def _bar(error: float | None, value: float) -> tuple[float, float]:
 
 def _named(label: str, fits: Mapping[str, Mapping[str, Any]]) -> str:
     fit = fits[label]
-    if fit["order"] is None or fit["points"] < 2:
+    if fit["order"] is None or fit["to"] < 1.5 * fit["from"]:  # two points close together say nothing
         return label
     span = f"{fit['from']:.3g} to {fit['to']:.3g} {'calls' if fit['against'] == 'nfe' else 'steps'}"
     return f"{label}: order {fit['order']:.2f} ({span})"

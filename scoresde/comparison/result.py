@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from scoresde.comparison.store import FORMAT
+from scoresde.comparison.store import FORMAT, write_whole
 
 _MEANS = ("nfe", "seconds", "network_seconds", "overhead_seconds", "noise_seconds", "path_median")
-_COLUMNS = (
+COLUMNS = (
     "label",
     "solver",
     "grid",
@@ -95,7 +94,7 @@ class Comparison:
 
     def _row(self, runs: list[dict[str, Any]]) -> dict[str, Any]:
         first = next((run for run in runs if run["status"] != "ok"), runs[0])
-        row: dict[str, Any] = {name: first.get(name) for name in _COLUMNS}
+        row: dict[str, Any] = {name: first.get(name) for name in COLUMNS}
         row["repetitions"] = len(runs)
         for name in _MEANS:
             row[name] = _mean([run.get(name) for run in runs])
@@ -153,11 +152,16 @@ class Comparison:
             )
         return out
 
+    def noise_limit(self, metric: str, deviations: float = 2.0) -> float | None:
+        """The noise floor's mean plus some standard deviations: distances below are those of samples of one law."""
+        floor = self.floors.get(metric)
+        return None if floor is None else (floor["mean"] or 0.0) + deviations * (floor["std"] or 0.0)
+
     def _noise(self, row: Mapping[str, Any], y: str) -> float:
-        """Below this a value says nothing."""
-        if y in self.floors:
-            mean, std = self.floors[y]["mean"], self.floors[y]["std"]
-            return (mean or 0.0) + 4.0 * (std or 0.0)
+        """Below this a value says nothing of orders."""
+        limit = self.noise_limit(y, 4.0)
+        if limit is not None:
+            return limit
         return 10.0 * (row["reference_error"] or 0.0) if y.startswith("path") else 0.0
 
     def _series(self) -> dict[str, list[dict[str, Any]]]:
@@ -181,8 +185,9 @@ class Comparison:
 
     # --- text and files -------------------------------------------------------------------------------------------
     def table(self) -> str:
-        """Aligned text. ``*`` marks the smallest value of a column, ``~`` a distance within the noise floor (its mean
-        plus two standard deviations): indistinguishable from the reference samples at this sample size."""
+        """Aligned text. ``~`` marks a distance within the noise floor (its mean plus two standard deviations):
+        indistinguishable from the reference samples at this sample size; ``*`` the smallest value of a column, if it is
+        not among those."""
         rows = self.rows
         columns = [c for c in (*_SHOWN, *self.metrics) if any(row[c] is not None for row in rows)]
         best = {}
@@ -195,10 +200,10 @@ class Comparison:
             line = [row["label"], row["budget"]]
             for column in columns:
                 value = row[column]
+                limit = self.noise_limit(column)
+                near = value is not None and limit is not None and value <= limit
                 star = value is not None and value == best[column] and row["status"] == "ok"
-                limit = self.floors.get(column, {})
-                near = value is not None and limit and value <= (limit["mean"] or 0.0) + 2.0 * (limit["std"] or 0.0)
-                line.append(_number(value, column) + ("*" if star else "~" if near else " "))
+                line.append(_number(value, column) + ("~" if near else "*" if star else " "))
             ok = row["status"] == "ok"
             line.append("" if ok else f"{row['status']}: {row['reason']}")
             cells.append(line)
@@ -220,8 +225,11 @@ class Comparison:
             notes[0] += ", ~ within the noise between samples of one law"
         for kind in ("deterministic", "stochastic"):
             names = dict.fromkeys(row["reference"] for row in rows if row["kind"] == kind and row["reference"])
-            if names:
-                notes.append(f"path, {kind}: distance to the {'; '.join(names)}")
+            if names and set(names) != {"none"}:
+                notes.append(f"path, {kind}: {'; '.join(_said(n) for n in names)}")
+        machines = {run["machine"] for run in self.runs}
+        if len(machines) > 1:
+            notes.append(f"times are from several machines and do not compare: {'; '.join(sorted(machines))}")
         return notes
 
     def __str__(self) -> str:
@@ -230,12 +238,12 @@ class Comparison:
     def to_csv(self, path: str | Path) -> None:
         """Write the rows, unrounded; empty where there is no figure."""
         rows = self.rows
-        names = [*_COLUMNS, *(c for name in self.metrics for c in (name, f"{name}_se"))]
+        names = [*COLUMNS, *(c for name in self.metrics for c in (name, f"{name}_se"))]
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        _write(path, text.getvalue())
+        write_whole(Path(path), text.getvalue())
 
     def to_json(self, path: str | Path) -> None:
         """Write everything but samples: settings, environment, floors, rows, orders and runs. Strict JSON."""
@@ -249,7 +257,7 @@ class Comparison:
             "orders": self.orders(),
             "runs": self.runs,
         }
-        _write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_whole(Path(path), json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def from_json(cls, path: str | Path) -> Comparison:
@@ -312,6 +320,10 @@ class Comparison:
         sheet(chosen, Path(path), self.range, columns)
 
 
+def _said(reference: str) -> str:
+    return reference if reference.startswith("none") else f"distance to the {reference}"
+
+
 def _mean(values: Sequence[float | None]) -> float | None:
     """Mean, or None if any is missing: a mean over some of the repetitions would not compare."""
     found = [v for v in values if v is not None]
@@ -342,15 +354,3 @@ def _number(value: float | None, column: str) -> str:
     if column == "nfe":
         return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
     return f"{value:.2e}" if value != 0 and not 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
-
-
-def _write(path: str | Path, text: str) -> None:
-    """Replace a file by a complete one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
