@@ -171,8 +171,15 @@ FIXED: dict[str, Solver] = {
 }
 ADAPTIVE: dict[str, Solver] = {
     f"{name}, rtol = atol = {tol:g}": AdaptiveRungeKutta(tableau=tableau, rtol=tol, atol=tol)
-    for name, tableau in (("Dormand-Prince", "dormand_prince"), ("Bogacki-Shampine", "bogacki_shampine"))
+    for name, tableau in (
+        ("Dormand-Prince", "dormand_prince"),
+        ("Tsitouras", "tsitouras"),
+        ("Bogacki-Shampine", "bogacki_shampine"),
+    )
     for tol in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+} | {
+    f"DPM-Solver-23, rtol {rtol:g}": solvers.AdaptiveDPMSolver(rtol=rtol, atol=0.156 * rtol)
+    for rtol in (5e-2, 5e-3, 5e-4, 5e-5)
 }
 
 Cell = tuple[float, float, float]

@@ -199,6 +199,17 @@ def samples_of(sampled: Sampled) -> dict[str, Measures]:
     return found
 
 
+def show_adaptive(sampled: Sampled) -> None:
+    rev = sampled.data.reverse(sampled.sde)
+    print("\n| adaptive | calls | variance of the components / their weights |\n|---|---|---|")
+    for rtol in (0.1, 0.05, 0.02, 0.01):
+        solver = solvers.GottaGoFast(rtol=rtol, atol=0.39 * rtol)
+        end = solve(rev, sampled.start, solver, grid=[sampled.first, sampled.last], rng=1, strict=True)
+        variance, weights = sampled.measures(end.x)
+        calls = float(end.nfe.double().mean())
+        print(f"| Gotta Go Fast, rtol {rtol:g} | {calls:.0f} | {signed(variance)} / {number(weights)} |")
+
+
 def show_mixture(sampled: Sampled, mine: Mapping[str, Measures], theirs: Mapping[str, Measures]) -> None:
     mean, deviation = sampled.floor()
     print(f"\n### 16-d mixture, {SAMPLES} samples: variance of the components / their weights\n")
@@ -261,6 +272,7 @@ def main() -> None:
     }
     show_gaussian(mine, exact)
     show_mixture(sampled, samples_of(sampled), found)
+    show_adaptive(sampled)
     if not arguments.peers:
         print("\nThe peers are absent: give --peers=PYTHON, an interpreter that has them (README.md).")
     if arguments.golden is None:

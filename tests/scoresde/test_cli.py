@@ -1,5 +1,6 @@
 """The command line, in process and as a process: whole little runs, and mistakes that are one line."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -144,8 +145,9 @@ def test_traceback_on_demand(tmp_path):
         main(["--traceback", "sample", "--workdir", str(tmp_path / "none")])
 
 
-def test_compare_on_a_toy_and_on_a_run(tmp_path, capsys):
-    """Files, the table and its resumption; a trained model takes its held-out data as the reference."""
+def test_compare_on_a_toy_and_on_a_run(tmp_path, capsys, monkeypatch):
+    """Files, the table and its resumption; a trained model takes its held-out data as the reference; a class,
+    guidance (two evaluations a call) and features of one's own."""
     out = tmp_path / "exact"
     call = ["compare", "--config=toy_ring", "--solvers=ddim,recommended", "--nfe=4,8", "--n=32", "--repetitions=1"]
     assert main([*call, f"--out={out}"]) == 0
@@ -160,6 +162,13 @@ def test_compare_on_a_toy_and_on_a_run(tmp_path, capsys):
     call = ["compare", f"--workdir={run}", "--solvers=ddim@blended", "--nfe=3", "--n=8", "--repetitions=1"]
     assert main([*call, "--grid=karras"]) == 0
     assert "sliced_wasserstein" in capsys.readouterr().out and (run / "compare" / "samples.png").is_file()
+    (tmp_path / "my_features.py").write_text("def corner(x):\n    return x[:, 0, :2, :2].double()\n")
+    monkeypatch.chdir(tmp_path)
+    call += ["--metrics=frechet_distance", "--features=my_features:corner", "--batch-size=5", "--out=mine"]
+    assert main([*call, "--class=3", "--guidance=2", "--nfe=6"]) == 0
+    with open("mine/compare.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["nfe"]) == 6 and int(row["steps"]) == 2 and float(row["frechet_distance"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -170,6 +179,11 @@ def test_compare_on_a_toy_and_on_a_run(tmp_path, capsys):
         (["--solvers=dim", "--config=toy_ring"], "Did you mean 'ddim'"),
         (["--solvers=ddim", "--config=toy_ring", "--nfe=4,x"], "--nfe takes numbers"),
         (["--solvers=ddim", "--config=toy_ring", "--grid=karass"], "karras"),
+        (["--solvers=ddim", "--config=toy_ring", "--guidance=2"], "trained models"),
+        (["--solvers=ddim", "--config=toy_ring", "--device=gpuu"], "device"),
+        (["--solvers=ddim", "--config=toy_ring", "--metrics=fid"], "frechet_distance"),
+        (["--solvers=ddim", "--config=toy_ring", "--features=no_such_module:f"], "cannot be imported"),
+        (["--solvers=ddim", "--config=toy_ring", "--features=math:f"], "cannot be imported"),
     ],
 )
 def test_mistakes_in_compare(arguments, says, tmp_path, capsys):

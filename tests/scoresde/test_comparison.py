@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from scoresde import Comparison, DataSpec, ScoreModel, UNet, compare
-from scoresde.comparison import describe, parse_spec
+from scoresde.comparison import bench, describe, parse_spec
 from scoresde.comparison.specs import split_specs
-from scoresde.guidance import Wrapper
+from scoresde.guidance import ClassifierFreeGuidance, Wrapper
 from sde_lib import VPSDE, FlowSDE, GaussianMixture, Knot
 from solvers import (
     DDIM,
@@ -128,14 +128,49 @@ class Counted(Wrapper):
         return Counted(inner)
 
 
-def test_time_of_the_network_is_not_the_solvers():
-    """A network that sleeps 4 ms per call: its time is the network's, and not in the seconds beyond it."""
-    slow = Counted(GAUSSIAN.reverse(SDE), sleep=0.004)
+def test_time_goes_where_it_is_spent():
+    """Sleep in the network, in the steps and in the noise: in the network's seconds, beyond them, and in neither."""
+
+    class Sleepy(DDIM):
+        def step(self, *args):
+            time.sleep(0.01)
+            return super().step(*args)
+
+    class SleepyDraw(PerSample):
+        def bind(self, x):
+            draw = super().bind(x)
+            normal = draw._normal
+            draw._normal = lambda key: (time.sleep(0.02), normal(key))[1]
+            return draw
+
     options = {"shape": (3,), "n": 8, "repetitions": 1, "progress": False, "path_error": False, "nfe": (20,)}
+    slow = Counted(GAUSSIAN.reverse(SDE), sleep=0.02)
     (row,) = compare(slow, "heun", **options).rows
-    assert row["network_seconds"] > 0.004 * row["nfe"]
+    assert row["network_seconds"] > 0.02 * row["nfe"]
     assert row["seconds"] == pytest.approx(row["network_seconds"] + row["overhead_seconds"])
     assert row["overhead_seconds"] < 0.5 * row["network_seconds"]
+    (row,) = compare(GAUSSIAN.reverse(SDE), Sleepy(), **options).rows
+    assert row["overhead_seconds"] > 0.01 * row["steps"] > row["network_seconds"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "PerSample", SleepyDraw)
+        (row,) = compare(GAUSSIAN.reverse(SDE), "ancestral", **options).rows
+    assert row["noise_seconds"] > 0.02 * (row["steps"] - 1) > row["seconds"]
+
+
+def test_what_happens_once_is_no_part_of_the_time():
+    """A solver that imports a library or tabulates coefficients at its first run."""
+
+    class Lazy(DDIM):
+        ready = False
+
+        def bind(self, knots):
+            if not Lazy.ready:
+                time.sleep(0.5)
+                Lazy.ready = True
+            return super().bind(knots)
+
+    (row,) = quick(Lazy(), repetitions=1).rows
+    assert Lazy.ready and row["seconds"] < 0.25
 
 
 def test_interrupted_and_resumed(tmp_path):
@@ -168,6 +203,30 @@ def test_interrupted_and_resumed(tmp_path):
     compare(rev, "ddim", path=tmp_path / "cut", resume=False, **{**options, "n": 9})
 
 
+def test_a_file_is_resumed_by_the_same_comparison_only(tmp_path):
+    """Another feature extractor of the same name, another `decode`, and files that are something else."""
+
+    def features(of):
+        return lambda x: x[:, of : of + 1]
+
+    options = {"samples": GAUSSIAN.sample(50, torch.Generator().manual_seed(0)), "repetitions": 1, "path": tmp_path}
+    want = quick("ddim", features=features(0), **options)
+    assert quick("ddim", features=features(0), **options).rows == want.rows
+    for other in ({"features": features(1)}, {"features": features(0), "decode": lambda x: 2 * x}):
+        with pytest.raises(ValueError, match="another metric"):
+            quick("ddim", **options | other)
+    for text in ("a note of mine\n", '{"step": 3}\n', "[1]\n"):
+        (tmp_path / "mine.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="not a comparison"):
+            quick("ddim", **options | {"path": tmp_path / "mine.jsonl"})
+        assert (tmp_path / "mine.jsonl").read_text() == text
+    lines = (tmp_path / "compare.jsonl").read_text().splitlines()
+    elsewhere = json.loads(lines[1]) | {"machine": "another"}
+    (tmp_path / "compare.jsonl").write_text(f"{lines[0]}\n{json.dumps(elsewhere)}\n")
+    mixed = quick("ddim,heun", features=features(0), **options)
+    assert "several machines" in mixed.table() and "several machines" not in want.table()
+
+
 def test_rows_for_what_does_not_work():
     """A budget that is too small, a defect and a failing run cost their rows only."""
 
@@ -191,6 +250,57 @@ def test_rows_for_what_does_not_work():
     assert row["status"] == "failed" and "not finite" in row["reason"] and row["path_rms"] is None
 
 
+def test_a_reference_that_fails_costs_the_distance_only():
+    """The run, its time and its samples stay."""
+    for flow, says in ((lambda x, t, s: x[:1], "`flow` must return"), (lambda x, t, s: 1 / 0, "division by zero")):
+        (row,) = quick("ddim", flow=flow, repetitions=1).rows
+        assert row["status"] == "ok" and row["nfe"] == 8 and row["path_rms"] is None and says in row["reference"]
+
+
+@pytest.mark.parametrize("end", ["stop", "denoise"])
+def test_metrics_see_the_samples_in_data_units(end):
+    """A metric of one's own, against the run by hand; parts of the batch change nothing, nor does the path's error."""
+    target = torch.zeros(5, 3, dtype=torch.float64)
+    options = {
+        "metrics": {"top": lambda x, y: float((x - y[:1]).max())}, "samples": target, "decode": lambda x: 3 * x + 1,
+        "grid": "uniform_half_log_snr", "end": end, "repetitions": 1,
+    }  # fmt: skip
+    rows = quick("ancestral,heun", **options).rows
+    for row, solver in zip(rows, (Ancestral(), Heun()), strict=True):
+        _, x = by_hand(solver, "uniform_half_log_snr", 8, 0, end=end)
+        assert row["top"] == pytest.approx(3 * float(x.max()) + 1, rel=1e-9)
+    for row, part in zip(rows, quick("ancestral,heun", batch_size=5, **options).rows, strict=True):
+        for name in ("top", "path_rms", "path_median", "nfe"):
+            assert part[name] == pytest.approx(row[name], rel=1e-6)
+
+
+def test_guidance_counts_and_conditions_go_with_their_samples():
+    """Two evaluations per call; sample i has class i in every part of the batch."""
+
+    def score(x, t, class_label=None):
+        return -x if class_label is None else 2.0 * class_label[:, None] - x
+
+    labels = torch.arange(6.0, dtype=torch.float64)
+    rev = ClassifierFreeGuidance(SDE.reverse(score=score).given(class_label=labels), 1.5)
+    seen = []
+
+    def keep(x, y):
+        seen.append(x.clone())
+        return 0.0
+
+    options = {"shape": (2,), "n": 6, "nfe": (9,), "repetitions": 1, "dtype": torch.float64, "progress": False}
+    got = []
+    for batch_size in (None, 4):
+        (row,) = compare(
+            rev, "ddim", samples=torch.zeros(2, 2), metrics={"keep": keep}, batch_size=batch_size, **options
+        ).rows  # fmt: skip
+        assert row["nfe"] == 8 and row["status"] == "ok"
+        got.append(seen[-1])
+    whole, parts = got
+    torch.testing.assert_close(whole, parts)
+    assert bool((whole.mean(1).diff() > 0.5).all())
+
+
 def test_distances_between_samples():
     """More calls bring DDIM's samples to the noise floor; the floor is that of two samples of one law."""
 
@@ -210,8 +320,18 @@ def test_distances_between_samples():
     assert features.rows[0]["frechet_distance"] > 0
 
 
+def test_what_is_noise_is_not_ranked():
+    """A value within the floor's mean and two standard deviations is marked so, not as the smallest."""
+    run = {"budget": "nfe=5", "status": "ok", "nfe": 5.0, "kind": "deterministic", "repetition": 0, "machine": "one"}
+    runs = [{**run, "label": label, "gap": gap} for label, gap in (("a", 0.5), ("b", 0.9))]
+    for mean, marks in ((0.45, ("0.5~", "0.9 ")), (0.3, ("0.5*", "0.9 ")), (0.85, ("0.5~", "0.9~"))):
+        got = Comparison({"metrics": ["gap"], "n": 8}, {}, {"gap": {"mean": mean, "std": 0.05}}, runs)
+        lines = [f"{line} " for line in got.table().splitlines()]
+        assert all(mark in line for mark, line in zip(marks, lines[1:], strict=False))
+
+
 def test_everybody_starts_alike_and_any_grid_or_end():
-    """One label per budget; a grid of one's own; chains; guidance counts; a score model needs no shape."""
+    """One label per budget; a grid of one's own; chains; a score model needs no shape."""
     labels = [row["label"] for row in quick("ddim, ddim@karras(rho=3), heun@blended", repetitions=1).rows]
     assert labels == ["ddim", "ddim@karras(rho=3)", "heun@blended"]
     chain = SDE.discretize(50)
@@ -309,6 +429,9 @@ def test_text_says_what_it_builds(table):
         ("ddim", {"metrics": ["mmd2"]}, "give `samples`"),
         ("ddim", {"samples": torch.zeros(9, 4)}, "samples"),
         ("ddim", {"samples": torch.randn(50, 3), "metrics": ["fid"]}, "metric"),
+        ("ddim", {"samples": torch.randn(50, 3), "metrics": {"seconds": max}}, "name of its own"),
+        ("ddim", {"samples": torch.randn(50, 3), "metrics": ["mmd2"], "features": "identity"}, "frechet_distance"),
+        ("ddim", {"samples": torch.randn(3, 3), "features": "identity"}, "at least 4 samples"),
         ("ddim", {"refine": 1}, "refine"),
         ("ddim", {"strong": DDIM()}, "strong"),
         ("ddim", {"tolerance": 2.0}, "tolerance"),
