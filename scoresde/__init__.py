@@ -10,7 +10,20 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from scoresde.guidance import ClassifierFreeGuidance, ClipData, inpaint
-from scoresde.likelihood import BitsPerDim, Likelihood, bits_per_dim, divergence, log_likelihood
+from scoresde.likelihood import (
+    PROBES,
+    BasisProbes,
+    BitsPerDim,
+    Bound,
+    CosineProbes,
+    DilutedProbes,
+    Likelihood,
+    bits_per_dim,
+    divergence,
+    elbo,
+    elbo_of_data,
+    log_likelihood,
+)
 from scoresde.losses import chain_loss, continuous_loss
 from scoresde.metrics import energy_distance, frechet_distance, gaussian_bits_per_dim, mmd2, sliced_wasserstein
 from scoresde.networks import MLP, NETWORKS, UNet
@@ -126,6 +139,7 @@ __all__ = [
     "MLP",
     "NETWORKS",
     "PARAMETERIZATIONS",
+    "PROBES",
     "RK4",
     "SDE",
     "SDES",
@@ -138,16 +152,19 @@ __all__ = [
     "AnalyticAncestral",
     "Ancestral",
     "AnnealedLangevin",
+    "BasisProbes",
     "Beta",
     "BitsPerDim",
     "Blended",
     "BogackiShampine",
+    "Bound",
     "BrownianPath",
     "Chain",
     "ClassifierFreeGuidance",
     "ClipData",
     "Comparison",
     "Cosine",
+    "CosineProbes",
     "CosineVPSDE",
     "DPMSolver2",
     "DPMSolver3",
@@ -157,6 +174,7 @@ __all__ = [
     "DPMpp3S",
     "DPMppSDE",
     "DataSpec",
+    "DilutedProbes",
     "DormandPrince",
     "EulerMaruyama",
     "FlowSDE",
@@ -202,6 +220,8 @@ __all__ = [
     "compare",
     "continuous_loss",
     "divergence",
+    "elbo",
+    "elbo_of_data",
     "energy_distance",
     "frechet_distance",
     "gaussian_bits_per_dim",

@@ -57,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=int, metavar="N", help="number of held-out samples (likelihood.n; default: all)")
     p.add_argument("--seed", type=int, metavar="N", help="noise (likelihood.seed)")
     p.add_argument("--given-class", action="store_true", help="condition on the classes: log p(x | class)")
-    p.add_argument("--out", metavar="FILE", help="write the figures as JSON")
+    p.add_argument("--elbo", action="store_true", help="the variational bound, too (on a chain it is the only figure)")
+    p.add_argument("--convergence", action="store_true", help="how 8 samples settle with steps and with probes, too")
+    p.add_argument("--out", metavar="DIR", help="folder of the results (default: `likelihood` in the run, or here)")
+    p.add_argument("--restart", action="store_true", help="score anew what the folder holds already")
 
     p = command("compare", _compare, "Compare solvers on a trained model, or on a toy whose score is known exactly.")
     _from_run(p, required=False)
@@ -238,34 +241,60 @@ def _likelihood(arguments: argparse.Namespace, overrides: list[str]) -> None:
     import json
 
     from scoresde import config
-    from scoresde.likelihood import bits_per_dim
+    from scoresde.likelihood import bits_per_dim, elbo_of_data
+    from scoresde.likelihood.pictures import budget, convergence, histogram
+    from sde_lib import Chain
 
     settings, model, _ = _run(arguments, overrides)
-    options = dict(settings.likelihood.items())
+    options = {k: v for k, v in settings.likelihood.items() if v is not None}
     for name in ("n", "seed"):
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
-    n = options.pop("n")
+    n = options.pop("n", None)
     held_out = config.make_data(settings).held_out
     if n is not None and not 1 <= n <= len(held_out):
         raise ValueError(f"likelihood.n must be in 1 … {len(held_out)} (the held-out samples), got {n}.")
-    labels = None
+    data, labels = held_out.data[:n], None
     if arguments.given_class:
         if held_out.labels is None:
             raise ValueError("--given-class needs data with classes.")
         labels = held_out.labels[:n]
-    result = bits_per_dim(model, held_out.data[:n], labels=labels, **options)
-    print(f"{len(result.per_sample)} held-out samples: {result}")
-    if arguments.out:
-        figures = {
-            "bits_per_dim": result.mean,
-            "standard_error": result.standard_error,
-            "samples": len(result.per_sample),
-            "nfe": float(result.nfe.double().mean()),
-            "t_min": result.t_min,
-            "what": result.what,
+    out = Path(arguments.out or Path(arguments.workdir or ".") / "likelihood")
+    summary: dict[str, Any] = {}
+    written = ["likelihood.json"]
+    if not isinstance(model.law, Chain):
+        result = bits_per_dim(
+            model, data, labels=labels, path=out / "likelihood.csv", resume=not arguments.restart, **options
+        )
+        print(f"{len(data)} held-out samples: {result}")
+        summary = result.summary()
+        written += ["likelihood.csv"]
+        pictures: dict[str, Callable[[Path], object]] = {
+            "likelihood.png": lambda path: histogram(result, path),
+            "budget.png": lambda path: budget(result, path),
         }
-        Path(arguments.out).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        if arguments.convergence:
+            shown = data[:8]
+            condition = {} if labels is None else {"class_label": labels[:8].to(model.device)}
+            x = model.data_spec.encode(shown).to(model.device, model.dtype)
+            settled = convergence(model.reverse(condition), x, seed=options["seed"], sigma_data=model.sigma_data)
+            print(settled.table())
+            summary["convergence"] = vars(settled)
+            pictures["convergence.png"] = settled.plot
+        for name, draw in pictures.items():
+            try:
+                draw(out / name)
+            except ImportError as error:
+                print(f"{error} (for {name})", file=sys.stderr)
+            else:
+                written.append(name)
+    if arguments.elbo or isinstance(model.law, Chain):
+        bound = elbo_of_data(model, data, labels=labels, seed=options["seed"], batch_size=options["batch_size"])
+        print(f"{len(data)} held-out samples: {bound}")
+        summary["elbo"] = bound.summary()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "likelihood.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {out}: {', '.join(written)}")
 
 
 def _compare(arguments: argparse.Namespace, overrides: list[str]) -> None:

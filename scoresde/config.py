@@ -117,10 +117,17 @@ def _likelihood() -> ml_collections.ConfigDict:
 
     c = ml_collections.ConfigDict()
     c.n = config_dict.placeholder(int)  # held-out samples; unset: all
+    skip = {"levels", "path", "resume", "progress", "joint", "differentiable", "check", "keep"}
+    kinds = {"int | None": int, "float | None": float}
     for function in (bits_per_dim, log_likelihood):
         for option in inspect.signature(function).parameters.values():
+            if option.name in skip:
+                continue
             if isinstance(option.default, bool | int | float | str):
                 c[option.name] = option.default
+            elif option.default is None and option.annotation in kinds:
+                c[option.name] = config_dict.placeholder(kinds[option.annotation])
+    del c["sigma_data"]  # the model's own
     return c
 
 

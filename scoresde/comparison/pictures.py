@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from scoresde.figures import COLOURS, new_figure, save_figure
+
 if TYPE_CHECKING:
     from scoresde.comparison.result import Comparison
 
-# Okabe & Ito's colours, told apart with every common colour blindness; yellow is left out, too pale for lines
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 _NAMES = {
     "path_rms": "distance to the reference path (RMS)",
@@ -24,23 +24,6 @@ _NAMES = {
     "mmd2": "squared kernel distance (MMD²)",
     "frechet_distance": "Fréchet distance",
 }
-
-
-def _figure(width: float, height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
-    """A figure of its own, without touching pyplot's state or backend."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures of a comparison are drawn with matplotlib: pip install scoresde[plot]") from error
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.1)  # whatever the width of labels
 
 
 def plot(result: Comparison, path: Path, y: str) -> None:
@@ -54,14 +37,14 @@ def plot(result: Comparison, path: Path, y: str) -> None:
     fits = {fit["label"]: fit for fit in result.orders(y)}
     legend_rows = math.ceil(len(series) / 2)
     height = 4.2 + 0.22 * legend_rows + 0.15
-    figure, axes = _figure(10.5, height, 1, 2, sharey=True)
+    figure, axes = new_figure(10.5, height, 1, 2, sharey=True)
     left, right = axes[0]
     for i, (label, rows) in enumerate(series.items()):
         rows = sorted(rows, key=lambda row: row["nfe"])  # the order in which the calls grow: times may not
         errors = [row[y] for row in rows]
         bars = tuple(zip(*(_bar(row.get(f"{y}_se"), row[y]) for row in rows), strict=True))
         style: dict[str, Any] = {
-            "color": _COLOURS[i % len(_COLOURS)],
+            "color": COLOURS[i % len(COLOURS)],
             "marker": _MARKERS[i % len(_MARKERS)],
             "linestyle": "--" if rows[0]["kind"] == "stochastic" else "-",
             "markersize": 5.5,
@@ -91,7 +74,7 @@ def plot(result: Comparison, path: Path, y: str) -> None:
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=2, fontsize=8.5, frameon=False)
     figure.subplots_adjust(left=0.075, right=0.985, top=1.0 - 0.55 / height, bottom=share + 0.5 / height, wspace=0.06)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _note(result: Comparison, y: str, series: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -143,7 +126,7 @@ def _images(rows: Mapping[str, Tensor], path: Path, value_range: tuple[float, fl
     columns = min(columns, max(len(row) for row in rows.values()))
     left = 0.09 * max(len(line) for title in rows for line in title.split("\n")) + 0.2
     width, height = left + 0.58 * columns, 0.6 * len(rows)
-    figure, axes = _figure(width, height, len(rows), columns)
+    figure, axes = new_figure(width, height, len(rows), columns)
     together = torch.cat([row.double().flatten() for row in rows.values()])
     low, high = value_range or (float(together.quantile(0.01)), float(together.quantile(0.99)))
     for line, (title, images) in zip(axes, rows.items(), strict=True):
@@ -154,13 +137,13 @@ def _images(rows: Mapping[str, Tensor], path: Path, value_range: tuple[float, fl
             axis.imshow(shown, cmap="gray" if shown.ndim == 2 else None, vmin=0.0, vmax=1.0, interpolation="nearest")
         line[0].text(-0.15, 0.5, title, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
     figure.subplots_adjust(left=left / width, right=0.995, top=0.99, bottom=0.01, wspace=0.08, hspace=0.08)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _points(rows: Mapping[str, Tensor], path: Path) -> None:
     across = min(len(rows), 5)
     down = math.ceil(len(rows) / across)
-    figure, axes = _figure(2.1 * across, 2.55 * down, down, across)
+    figure, axes = new_figure(2.1 * across, 2.55 * down, down, across)
     together = torch.cat([row.double() for row in rows.values()])
     # the widest 99.8 %: a stray sample of one solver must not shrink the others' panels
     extent = 1.08 * float(together.abs().flatten().quantile(0.998))
@@ -168,10 +151,10 @@ def _points(rows: Mapping[str, Tensor], path: Path) -> None:
     for axis in flat:
         axis.set_axis_off()
     for axis, (title, points) in zip(flat, rows.items(), strict=False):
-        axis.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=1.5, alpha=0.35, linewidths=0, color=_COLOURS[0])
+        axis.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=1.5, alpha=0.35, linewidths=0, color=COLOURS[0])
         axis.set_xlim(-extent, extent)
         axis.set_ylim(-extent, extent)
         axis.set_aspect("equal")
         axis.set_title(title.replace("@", "\n@") if len(title.split("\n")[0]) > 24 else title, fontsize=7.5)
     figure.subplots_adjust(left=0.01, right=0.99, top=1.0 - 0.5 / (2.55 * down), bottom=0.01, wspace=0.1, hspace=0.3)
-    _save(figure, path)
+    save_figure(figure, path)

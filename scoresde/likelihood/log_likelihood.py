@@ -1,66 +1,668 @@
-"""log p(x) of a score model through the probability-flow ODE, with the standard error of the trace estimate."""
+"""log p(x) of a score model through the probability-flow ODE, with an error bar split by cause."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor
 
-from scoresde.likelihood.divergence import divergence, make_probes
-from sde_lib import SDE, ReverseSDE
+from scoresde.likelihood.divergence import CHUNK, check_trace_options, is_exact, value_and_traces
+from scoresde.likelihood.path import Groups, Nodes, Tracer, ascending_knots, measure
+from scoresde.likelihood.probes import Probes, as_probes
+from sde_lib import SDE, Prediction, ReverseSDE
 from sde_lib._checks import check_positive, check_state
-from solvers import TABLEAUX, Angle, Coordinate, Status
+from solvers import TABLEAUX, Angle, Blended, Coordinate, Grid, Multistep, Solver, Status
 from solvers.adaptive import failure, integrate, row_knot
-from solvers.noise import Rng, as_draw
+from solvers.noise import Draw, Rng, as_draw
 from solvers.runge_kutta import Leaves, rescale
 
-DIVERGENCES = ("auto", "exact", "hutchinson")
-EXACT_UP_TO = 16
-"""Number of dimensions up to which "auto" takes the exact trace: there it costs about as much as the probes."""
+CORRECTIONS = ("truncation", "prior")
+STEPS = 32
+"""Steps of the fixed grid by default."""
+TOLERANCE = 1e-3
+"""Tolerance per step of the adaptive integration by default, in nats."""
 
 
 @dataclass
 class Likelihood:
-    """Log densities in nats, and what they are made of. All per sample, float64, on the CPU.
+    r"""Log densities in nats, and how far off they may be, by cause. Per sample, float64, on the CPU.
 
     Attributes:
-        log_prob: log p at t_min of the state, (B,).
-        trace_se: standard error of the trace estimate in nats, (B,): 0 for the exact trace, nan for a single probe,
-            which cannot tell.
+        log_prob: log p at t_min of the state, (B,), or at t = 0 with ``correct=("truncation",)``; nan where it failed.
+        trace_se: standard error of the trace estimate, (B,): 0 for the exact trace, nan for a single probe, which
+            cannot tell. Statistical: multiply by the t-quantile of `trace_dof` degrees of freedom.
+        trace_dof: degrees of freedom of `trace_se`, (B,) (Welch and Satterthwaite); inf for the exact trace.
+        discretization: difference between the result and the one with half as many steps (fixed grids; or, if larger,
+            1/32 of the difference between half and a quarter) or with a tolerance 32 times larger (adaptive), (B,);
+            nan without doubling. Three times this is a bar; the result is usually closer by the order of the method.
+        truncation: first-order term that leads from the density at t_min to that at t = 0, signed, (B,): add it, or
+            take its size as an error bar. See `log_likelihood`.
+        prior_mismatch: the model's own estimate of log p_T - log prior at the latent, signed, (B,); 0 where the
+            terminal density was handed over. Add it, or take its size as an error bar.
+        precision: what the arithmetic leaves uncertain, (B,): an order of magnitude.
         log_prior: log density of the latent under the prior, (B,).
         latent: the state at t_max, (B, *D), on the device of x.
-        nfe: network evaluations, each followed by vector-Jacobian products, (B,).
+        nfe: network evaluations, (B,).
         vjps: vector-Jacobian products, (B,).
         status: `solvers.Status`, (B,).
+        corrected: which of `CORRECTIONS` are part of `log_prob`.
+        kept_log_prob: log p on the one probe that `doubling` keeps along the path, (B,): noisier than `log_prob`, but
+            smooth in everything else, so that runs can be compared; None without one.
         message: what went wrong and where; empty if nothing did.
     """
 
     log_prob: Tensor
     trace_se: Tensor
+    trace_dof: Tensor
+    discretization: Tensor
+    truncation: Tensor
+    prior_mismatch: Tensor
+    precision: Tensor
     log_prior: Tensor
     latent: Tensor
     nfe: Tensor
     vjps: Tensor
     status: Tensor
+    corrected: tuple[str, ...] = ()
+    kept_log_prob: Tensor | None = None
     message: str = ""
+    _path: _Sums | None = field(default=None, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:
         """Whether every sample was solved."""
         return bool((self.status == Status.OK).all())
 
+    def trace_bar(self, confidence: float = 0.95) -> Tensor:
+        """Half width of the confidence interval for the noise of the trace: t-quantile times standard error, (B,)."""
+        if not 0 < confidence < 1:
+            raise ValueError(f"`confidence` must lie in (0, 1), got {confidence!r}.")
+        quantile = stats.t.ppf(0.5 + confidence / 2, self.trace_dof.clamp(max=1e9).numpy())
+        return torch.as_tensor(quantile, dtype=torch.float64) * self.trace_se
+
+    def error(self, confidence: float = 0.95) -> Tensor:
+        r"""One bar for everything, (B,), in nats.
+
+        :math:`\sqrt{\mathrm{trace}^2 + (3\,\mathrm{disc})^2} + |\mathrm{truncation}| + |\mathrm{prior}| +
+        \mathrm{precision}`, without the terms that are corrected; they leave a remainder of second order, which is not
+        estimated. A model's own error, the distance of its density from the data's, is not and cannot be part of it.
+        """
+        total = (self.trace_bar(confidence).square() + 9.0 * self.discretization.square()).sqrt() + self.precision
+        if "truncation" not in self.corrected:
+            total = total + self.truncation.abs()
+        if "prior" not in self.corrected:
+            total = total + self.prior_mismatch.abs()
+        return total
+
+    def refine(self, num_probes: int | None = None, target_se: float | None = None) -> Likelihood:
+        """More probes at the stored knots, without solving the trajectory again.
+
+        Args:
+            num_probes: add so many per knot and sample.
+            target_se: add to each sample what it needs for a standard error of so many nats; the exact trace where
+                that is cheaper.
+
+        Raises:
+            ValueError: after an adaptive run, whose probes are fixed along the path, and with ``keep=False``.
+        """
+        if (num_probes is None) == (target_se is None):
+            raise ValueError("Give `num_probes` or `target_se`.")
+        if self._path is None:
+            raise ValueError(
+                "Nothing is stored to refine: use fixed steps (steps=…), not `tol`, with keep=True and check=True."
+            )
+        path = self._path.copy()
+        with _memory(self.latent), _precision(path.setup.tf32):
+            if target_se is not None:
+                path.reach(target_se)
+            elif num_probes is not None:
+                check_trace_options("auto", num_probes, 1)
+                path.add(torch.full((len(self.log_prob),), num_probes))
+        result = path.likelihood()
+        result._path = path
+        return result
+
+
+def log_likelihood(
+    rev: ReverseSDE,
+    x: Tensor,
+    *,
+    steps: int | None = None,
+    tol: float | None = None,
+    divergence: str = "auto",
+    probes: Probes | str = "adapted",
+    num_probes: int = 2,
+    target_se: float | None = None,
+    doubling: bool = True,
+    correct: Collection[str] = (),
+    prior: Callable[[Tensor], Tensor] | None = None,
+    rng: Rng = None,
+    condition: Mapping[str, Any] | None = None,
+    sigma_data: float = 1.0,
+    solver: Solver | None = None,
+    grid: Grid | str | None = None,
+    joint: bool | None = None,
+    chunk: int = CHUNK,
+    batch_rows: int = 1024,
+    max_steps: int = 2000,
+    tf32: bool = False,
+    differentiable: bool = False,
+    check: bool = True,
+    keep: bool = True,
+) -> Likelihood:
+    r"""log p_{t_min}(x) of the model's probability-flow ODE, in nats per sample.
+
+    The instantaneous change of variables (Song et al. 2021, arXiv:2011.13456, eq. 39),
+    :math:`\log p_{t_{min}}(x) = \log \pi(x_T) + \int \nabla\cdot \dot x\, dt`, along the angle
+    (`solvers.Angle`), where state and integrand stay of order one and the scale terms (thousands of nats) are added in
+    closed form. It is the density at the model's smallest noise level, evaluated at x as handed over: data are not
+    noised first (the convention of Song et al.). Nothing is evaluated outside [t_min, t_max], and a sample's result
+    does not depend on its batch mates.
+
+    *Fixed steps* (`steps`; the default where the trace is estimated): a multistep method, one network call per step,
+    and a quadrature of the divergence over the knots, with fresh probes at each: for the same number of products 6 to
+    7 times less variance than one probe that is kept along the path, and no host synchronisation.
+    *Adaptive* (`tol`; the default where the trace is exact): Dormand-Prince with steps of each sample's own; probes
+    are kept along the path, as an adaptive method must.
+
+    The terms beyond the ODE, from quantities at its ends that are known anyway:
+
+    * truncation: p_t solves a heat equation in :math:`\sigma^2 / \alpha^2`, so that to first order
+      :math:`\log p_0(x) - \log p_t(x) = \tfrac12 [\sigma\, \nabla\cdot\hat\epsilon - \|\hat\epsilon\|^2] + D \log\alpha
+      + (1 - \alpha)\, x\cdot\hat\epsilon / \sigma` at t = t_min: good where sigma is below a third of the smallest
+      scale of the data, and only then does p_0 mean anything to a network that was never trained below t_min;
+    * prior mismatch: the model's score at T differs from the prior's by :math:`\nabla\rho` with :math:`\rho = \log p_T
+      - \log\pi`; for data that are small beside the noise rho is quadratic and follows from its gradients at the
+      latent and at 0, its trace, and the norm of p_T.
+
+    Args:
+        rev: reverse SDE of a continuous law.
+        x: states in model units, (B, *D), finite.
+        steps: number of steps of the fixed grid, a multiple of 4 (for the two coarser runs of `doubling`).
+        tol: tolerance per step on log p, in nats, of the adaptive integration; on the state it is a hundredth.
+        divergence: "exact" (one vector-Jacobian product per dimension), "hutchinson", or "auto": exact up to
+            `EXACT_UP_TO` dimensions.
+        probes: law of the probe vectors: a name in `PROBES`, an object, or "adapted": the cosine basis for images
+            (C, H, W), signs for all else.
+        num_probes: estimates per knot (fixed steps) or along the path (adaptive); two or more give an error bar.
+        target_se: nats: add probes until the standard error of each sample is below (fixed steps only).
+        doubling: estimate the discretisation error: with fixed steps by two more runs, of half and of a quarter of the
+            steps, on one more probe that is kept along the path (0.75 times the products of one probe, and as many
+            more at the knots); adaptively by a second run, at 1/32 of the tolerance, whose result is reported.
+        correct: which of "truncation" and "prior" are added to `log_prob`.
+        prior: terminal log density where it is known, (B, *D) -> (B,); the law's prior N(0, prior_std^2 I) by default.
+        rng: noise of the probes, as in `solvers.solve`; a list of ints gives every sample its own.
+        condition: keyword arguments for the network, batch first.
+        sigma_data: standard deviation of the data in model units, for the coordinate.
+        solver: of the trajectory on the fixed grid: any deterministic one; by default the multistep method of order 5
+            in the flow prediction, which was measured best (``benchmarks/likelihood.py``).
+        grid: a grid or its name; ``Blended(mix=0.3)`` by default.
+        joint: take the divergence in the calls the solver makes at the knots (default where it makes just these), or
+            after the trajectory, several knots per call.
+        chunk: products of the exact trace taken together; 1 for networks that `torch.vmap` cannot differentiate.
+        batch_rows: rows per network call where several knots share one.
+        max_steps: adaptive steps tried before a sample gives up.
+        tf32: allow TF32 in float32 products on NVIDIA GPUs, while this runs: about 0.03 nats at D = 768.
+        differentiable: record a graph, so that ``log_prob.sum().backward()`` gives gradients with respect to x and the
+            network's parameters (fixed steps only; keep x.requires_grad as you need it).
+        check: look whether results are finite, the one time the host waits for the device; without it they stay on the
+            device and `status` is not known.
+        keep: store the trajectory for `Likelihood.refine`: steps + 1 states.
+
+    Raises:
+        ValueError: for x that is not finite, a chain, or options that make no sense.
+        MemoryError: if the device's memory does not hold the batch, with what to change.
+    """
+    law = _check(rev, x, correct, divergence, num_probes, chunk, check)
+    exact = is_exact(divergence, x.shape[1:])
+    if steps is not None and tol is not None:
+        raise ValueError(f"Give `steps` (a fixed grid) or `tol` (adaptive), not both; got {steps} and {tol}.")
+    check_positive("sigma_data", sigma_data)
+    adaptive = tol is not None or (steps is None and exact and not differentiable and check)
+    if condition:
+        rev = rev.given(**condition)
+    setup = _Setup(rev, law, as_probes(probes, x.shape[1:]), num_probes, exact, doubling, tuple(correct), prior,
+                   sigma_data, chunk, tf32)  # fmt: skip
+    draw = as_draw(rng, x.detach())
+    with _memory(x), _precision(tf32):
+        if adaptive:
+            for name, value in (("target_se", target_se), ("solver", solver), ("grid", grid), ("joint", joint)):
+                if value is not None:
+                    raise ValueError(f"`{name}` needs fixed steps: give steps=… instead of tol.")
+            if differentiable or not check:
+                raise ValueError("`differentiable` and check=False need fixed steps: give steps=… instead of tol.")
+            tol = TOLERANCE if tol is None else tol
+            check_positive("tol", tol)
+            return _adaptive(setup, x.detach(), tol, draw, max_steps)
+        steps = STEPS if steps is None else steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 4 or (doubling and steps % 4):
+            raise ValueError(f"`steps` must be a multiple of 4 (an int >= 4 without doubling), got {steps!r}.")
+        result = _fixed(setup, x, steps, draw, solver, grid, joint, batch_rows, differentiable, check, keep)
+        if target_se is None:
+            return result
+        return result.refine(target_se=target_se)
+
+
+def _check(
+    rev: Any, x: Any, correct: Collection[str], divergence: str, num_probes: int, chunk: int, check: bool
+) -> SDE:
+    if not isinstance(rev, ReverseSDE):
+        raise TypeError(f"`rev` must be a ReverseSDE (model.reverse()), got {type(rev).__name__}.")
+    if not isinstance(rev.law, SDE):
+        raise ValueError(
+            "A likelihood through the ODE needs continuous time; this model lives on a chain. Interpolate it with "
+            "TabulatedSDE(chain.alphas_cumprod), or take the chain's own bound: elbo()."
+        )
+    check_state("x", x)
+    if check and not bool(torch.isfinite(x).all()):
+        raise ValueError("`x` contains NaN or infinite values.")
+    check_trace_options(divergence, num_probes, chunk)
+    if isinstance(correct, str) or any(c not in CORRECTIONS for c in correct):
+        raise ValueError(f"`correct` must be a collection of {', '.join(CORRECTIONS)}, got {correct!r}.")
+    return rev.law
+
+
+@dataclass
+class _Setup:
+    """What both integrations share."""
+
+    rev: ReverseSDE
+    law: SDE
+    probes: Probes
+    num_probes: int
+    exact: bool
+    doubling: bool
+    correct: tuple[str, ...]
+    prior: Callable[[Tensor], Tensor] | None
+    sigma_data: float
+    chunk: int
+    tf32: bool
+
+    def rounding(self, x: Tensor) -> float:
+        """What the arithmetic leaves uncertain, in nats: rounding in the network, and of the state beside its noise."""
+        knot = self.law.knot(self.law.t_min)
+        network = ROUNDING * _roundoff(self.rev, x, self.tf32)
+        return math.sqrt(x[0].numel()) * (network + torch.finfo(x.dtype).eps * math.exp(float(knot.half_log_snr)))
+
+    def group(self, draw: Draw, *key: Any) -> Sequence[Tensor]:
+        """The vectors of one estimate."""
+        return self.probes.group(draw.normal(*key))
+
+    def log_prior(self, latent: Tensor) -> Tensor:
+        return (self.prior or self.law.prior_logp)(latent.double()).double()
+
+    def products(self, shape: Sequence[int], estimates: int) -> int:
+        """Vector-Jacobian products of one evaluation with so many estimates."""
+        return math.prod(shape) if self.exact else estimates * self.probes.size(shape)
+
+    def terms(self, first: Prediction, last: Prediction) -> tuple[_Term, _Term]:
+        """Truncation and prior mismatch, up to the traces at both ends."""
+        return _truncation(first), _mismatch(self.rev, last, self.law.prior_std, self.prior is not None)
+
+
+# --- the terms beyond the ODE ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Term:
+    """constant + slope * (trace of the raw output's Jacobian at one end)."""
+
+    constant: Tensor
+    slope: float
+
+    def at(self, trace: Tensor) -> Tensor:
+        return self.constant + self.slope * trace
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Sum over the elements of a sample, float64."""
+    return x.reshape(len(x), -1).sum(1, dtype=torch.float64)
+
+
+def _truncation(first: Prediction) -> _Term:
+    """log p_0(x) - log p_t(x) to first order in sigma^2; see `log_likelihood`."""
+    noise, knot, d = first.noise, first.knot, first.x[0].numel()
+    alpha, sigma = float(knot.alpha), float(knot.sigma)
+    a, b = (float(c) for c in first.weights(0.0, 1.0))
+    constant = 0.5 * (sigma * a * d - _rows(noise.square())) + d * math.log(alpha)
+    # log p_t at alpha x in place of x, by its score
+    constant = constant + (1.0 - alpha) / sigma * _rows(first.x * noise)
+    return _Term(constant, 0.5 * sigma * b)
+
+
+def _mismatch(rev: ReverseSDE, last: Prediction, std: float, known: bool) -> _Term:
+    """log p_T - log prior at the latent, for data small beside the noise; see `log_likelihood`."""
+    z, knot, d = last.x, last.knot, last.x[0].numel()
+    alpha, sigma = float(knot.alpha), float(knot.sigma)
+    if known or alpha == 0.0:
+        return _Term(torch.zeros(len(z), dtype=torch.float64, device=z.device), 0.0)
+    weights = alpha / std**2, (sigma**2 - std**2) / (sigma * std**2)
+    middle = rev(torch.zeros_like(z), knot).mix(*weights)  # the gradient of rho at 0
+    a, b = (float(c) for c in last.weights(*weights))
+    rise = 0.5 * _rows(z * (middle + last.mix(*weights)))
+    norm = 0.5 * std**2 * (a * d + _rows(middle.square()))
+    return _Term(rise - norm, -0.5 * std**2 * b)
+
+
+def _roundoff(rev: ReverseSDE, x: Tensor, tf32: bool) -> float:
+    """Unit roundoff of the coarsest arithmetic in use: of the state, the score model, autocast, or TF32."""
+    dtypes = [x.dtype]
+    owner = getattr(rev.network, "__self__", None)
+    if isinstance(getattr(owner, "dtype", None), torch.dtype):
+        dtypes.append(owner.dtype)  # type: ignore[union-attr]
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtypes.append(torch.get_autocast_dtype(kind))
+    unit = max(torch.finfo(dtype).eps for dtype in dtypes) / 2
+    if kind == "cuda" and torch.float32 in dtypes and tf32:
+        unit = max(unit, 2.0**-11)
+    return unit
+
+
+ROUNDING = 16.0
+"""Error of log p by rounding inside a network, in units of roundoff * sqrt(D): 5 to 17 were measured in bfloat16."""
+
+
+@contextlib.contextmanager
+def _precision(tf32: bool) -> Iterator[None]:
+    """TF32 as asked, and as it was afterwards."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        cudnn = torch.backends.cudnn
+        kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+        with cudnn.flags(**kept, allow_tf32=tf32):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _memory(x: Tensor) -> Iterator[None]:
+    """A device that is too small says what to change."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        raise MemoryError(
+            f"The likelihood of {len(x)} samples of shape {tuple(x.shape[1:])} does not fit into the memory of "
+            f"{x.device}. Score fewer samples at a time, lower `batch_rows` or `chunk`, or use fewer probes. ({error})"
+        ) from error
+
+
+# --- fixed steps -----------------------------------------------------------------------------------------------------
+
+
+def _fixed(
+    setup: _Setup,
+    x: Tensor,
+    steps: int,
+    draw: Draw,
+    solver: Solver | None,
+    grid: Grid | str | None,
+    joint: bool | None,
+    batch_rows: int,
+    differentiable: bool,
+    check: bool,
+    keep: bool,
+) -> Likelihood:
+    solver = (solver or Multistep(4, 5, prediction="flow", starter="ramp")).on(setup.law)
+    if solver.stochastic or solver.adaptive:
+        raise ValueError(f"The trajectory needs a deterministic solver with fixed steps, got {solver}.")
+    grid = Blended(mix=0.3, sigma_data=setup.sigma_data) if grid is None else grid
+    calls_at_knots = solver.nfe_per_step - solver.shares_calls == 1
+    if joint and not calls_at_knots:
+        raise ValueError(f"{type(solver).__name__} calls the network between the knots too: use joint=False.")
+    tracer = Tracer(
+        setup.rev, solver, setup.sigma_data, calls_at_knots if joint is None else joint, setup.chunk, batch_rows,
+        differentiable,
+    )  # fmt: skip
+    knots = ascending_knots(setup.law, grid, steps)
+    kept = None if setup.exact or not setup.doubling else setup.group(draw, "kept")
+
+    def groups(k: int) -> Groups:
+        if setup.exact:
+            return None
+        fresh = [setup.group(draw, "probe", k, j) for j in range(setup.num_probes)]
+        return fresh if kept is None else [*fresh, kept]
+
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        nodes = tracer.follow(x, knots, groups)
+        own = nodes.traces if setup.exact or kept is None else [t[:, :-1] for t in nodes.traces]
+        log_prior = setup.log_prior(nodes.latent)
+        terms = setup.terms(*nodes.ends)
+    nfe = (nodes.calls + int(terms[1].slope != 0.0)) * setup.rev.nfe_per_call
+    vjps = len(nodes.knots) * setup.products(x.shape[1:], setup.num_probes + (kept is not None))
+    changes: list[Tensor] = []
+    kept_log_prob: Tensor | None = None
+    if setup.doubling:
+        coarse = replace(tracer, differentiable=False)
+        only: Groups = None if kept is None else [kept]
+
+        def total(n: Nodes) -> Tensor:
+            return setup.log_prior(n.latent).detach() + n.integral([t[:, -1].detach() for t in n.traces])
+
+        with torch.no_grad():
+            results = [total(nodes)]
+            kept_log_prob = results[0] if kept is not None else None
+            for stride in (2, 4):
+                level = coarse.follow(x.detach(), knots[::stride], lambda k: only)
+                nfe += level.calls * setup.rev.nfe_per_call
+                vjps += len(level.knots) * setup.products(x.shape[1:], 1)
+                results.append(total(level))
+            changes = [results[0] - results[1], results[1] - results[2]]
+    sums = _Sums(setup, tracer, draw, nodes, own, log_prior, terms, changes, kept_log_prob, nfe, vjps, check)
+    result = sums.likelihood()
+    if keep and check and not differentiable:
+        result._path = sums
+    return result
+
+
+@dataclass
+class _Sums:
+    """What a fixed-step result is put together from: trace estimates per knot, and all that stands beside them."""
+
+    setup: _Setup
+    tracer: Tracer
+    draw: Draw
+    nodes: Nodes
+    own: Sequence[Tensor]
+    log_prior: Tensor
+    terms: tuple[_Term, _Term]
+    changes: Sequence[Tensor]
+    kept: Tensor | None
+    nfe: Any
+    vjps: Any
+    check: bool
+    mean: list[Tensor] = field(init=False)
+    square: list[Tensor] = field(init=False)
+    count: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        k = self.own[0].shape[1]
+        self.mean = [t.mean(1) for t in self.own]
+        away = [t.detach() - m.detach()[:, None] for t, m in zip(self.own, self.mean, strict=True)]
+        self.square = [a.square().sum(1) for a in away]
+        self.count = math.inf if self.setup.exact else float(k)
+
+    def copy(self) -> _Sums:
+        """Its own sums, the same trajectory."""
+        b = len(self.log_prior)
+        new = replace(self)
+        new.mean, new.square = list(self.mean), list(self.square)
+        new.count = torch.as_tensor(self.count, dtype=torch.float64).expand(b).clone()
+        new.nfe, new.vjps = (torch.as_tensor(v).expand(b).clone() for v in (self.nfe, self.vjps))
+        return new
+
+    def _weights(self) -> list[float]:
+        """Of the traces in log_prob, corrections included."""
+        weights = list(self.nodes.raw)
+        for name, place, term in zip(CORRECTIONS, (0, -1), self.terms, strict=True):
+            if name in self.setup.correct:
+                weights[place] += term.slope
+        return weights
+
+    def variance(self) -> tuple[Tensor, Tensor]:
+        """Variance of log_prob by the probes, (B,), and its degrees of freedom."""
+        total, squares = torch.zeros_like(self.square[0]), torch.zeros_like(self.square[0])
+        if isinstance(self.count, float):
+            if math.isinf(self.count):
+                return total, torch.full_like(total, math.inf)
+            if self.count == 1.0:
+                return torch.full_like(total, math.nan), total
+        count = self.count.to(total.device) if isinstance(self.count, Tensor) else self.count
+        for weight, square in zip(self._weights(), self.square, strict=True):
+            share = weight**2 * square / ((count - 1.0) * count)
+            total, squares = total + share, squares + share.square() / (count - 1.0)
+        dof = total.square() / squares
+        if isinstance(count, Tensor):
+            exact = torch.isinf(count)
+            total, dof = torch.where(exact, 0.0, total), torch.where(exact, math.inf, dof)
+        return total, dof
+
+    def likelihood(self) -> Likelihood:
+        """The result."""
+        setup, d = self.setup, self.nodes.latent[0].numel()
+        values = [term.at(self.mean[place]) for term, place in zip(self.terms, (0, -1), strict=True)]
+        log_prob = self.log_prior + self.nodes.integral(self.mean)
+        for name, value in zip(CORRECTIONS, values, strict=True):
+            if name in setup.correct:
+                log_prob = log_prob + value
+        variance, dof = self.variance()
+        b = len(log_prob)
+        precision = torch.full_like(variance, setup.rounding(self.nodes.states[0]))
+        change = torch.full_like(variance, math.nan)
+        if self.changes:
+            last, before = (c.abs() for c in self.changes)
+            # of a method of order five the second halving leaves 1/32: a change that is small by chance is no bar
+            change = torch.maximum(last, before / 32.0)
+        status = torch.zeros(b, dtype=torch.int64, device=log_prob.device)
+        message = ""
+        if self.changes:
+            # halving the steps must matter less the second time, unless it does not matter any more
+            floor = 0.01 + 1e-3 * d * math.log(2.0) + precision
+            status = torch.where((last > before) & (last > floor), int(Status.NOT_CONVERGED), status)
+        finite = torch.isfinite(log_prob.detach())
+        status = torch.where(finite, status, int(Status.NON_FINITE))
+        nfe, vjps = (torch.as_tensor(v).expand(b) for v in (self.nfe, self.vjps))
+        terms = [value.detach() for value in values]
+        result = [log_prob, variance.sqrt(), dof, change, *terms, precision, self.log_prior.detach()]
+        if self.check:
+            result = [log_prob if v is log_prob and v.requires_grad else v.cpu() for v in result]
+            status = status.cpu()
+            message = _failure(status, self.nodes)
+        log_prob, trace_se, dof, change, truncation, mismatch, precision, log_prior = result
+        return Likelihood(
+            log_prob=log_prob,
+            trace_se=trace_se,
+            trace_dof=dof,
+            discretization=change,
+            truncation=truncation,
+            prior_mismatch=mismatch,
+            precision=precision,
+            log_prior=log_prior,
+            latent=self.nodes.latent,
+            nfe=nfe.clone(),
+            vjps=vjps.clone(),
+            status=status,
+            corrected=setup.correct,
+            kept_log_prob=self.kept.cpu() if self.kept is not None and self.check else self.kept,
+            message=message,
+        )
+
+    # --- more probes ---
+    def reach(self, target: float) -> None:
+        """Add probes until every sample's standard error is below the target."""
+        check_positive("target_se", target)
+        shape = self.nodes.latent.shape[1:]
+        most = math.prod(shape) // self.setup.probes.size(shape)  # estimates that cost as much as the exact trace
+        for _ in range(8):  # the first estimate of the spread may be off by much
+            variance, _ = self.variance()
+            short = variance.cpu() > target**2
+            single = self.count <= 1
+            if not bool((short | single).any()):
+                return
+            wanted = torch.where(single, 2.0, (self.count * variance.cpu() / target**2).ceil())
+            more = torch.where(short | single, wanted - self.count, 0.0).clamp(min=0.0)
+            # a sample's own number, rounded up above eight, so that few groups of samples share a call
+            more = torch.where(more > 8, 2.0 ** more.clamp(min=1.0).log2().ceil(), more)
+            self.add(torch.where(wanted >= most, math.inf, more))
+
+    def add(self, more: Tensor) -> None:
+        """So many more estimates per knot for every sample; inf for the exact trace."""
+        more = more.double().cpu()
+        more = torch.where(torch.isinf(self.count), 0.0, more)
+        for n in sorted(set(more.tolist()) - {0.0}):
+            for start in sorted(set(self.count[more == n].tolist())):
+                rows = ((more == n) & (self.count == start)).nonzero().flatten()
+                self._add(rows, n, int(start))
+
+    def _add(self, rows: Tensor, n: float, start: int) -> None:
+        nodes, setup = self.nodes, self.setup
+        at = rows.to(nodes.latent.device)
+        rev = setup.rev.select(at)
+        exact = math.isinf(n)
+        size = setup.probes.size(nodes.latent.shape[1:])
+        for k, (knot, state) in enumerate(zip(nodes.knots, nodes.states, strict=True)):
+            groups: Groups = None
+            if not exact:
+                groups = [
+                    [v[at] for v in setup.group(self.draw, "probe", k, start + j)] for j in range(int(n))
+                ]
+            with torch.no_grad():
+                _, traces = measure(rev, knot, state[at], groups, setup.chunk, False)
+            mean, square = self.mean[k].clone(), self.square[k].clone()
+            if exact:
+                mean[at], square[at] = traces[:, 0], 0.0
+            else:
+                new = traces.mean(1)
+                off = (traces - new[:, None]).square().sum(1)
+                total = start + n
+                gap = new - mean[at]
+                mean[at] = mean[at] + gap * (n / total)
+                square[at] = square[at] + off + gap.square() * (start * n / total)
+            self.mean[k], self.square[k] = mean, square
+        self.count[rows] = math.inf if exact else start + n
+        self.nfe[rows] += len(nodes.knots) * setup.rev.nfe_per_call
+        self.vjps[rows] += len(nodes.knots) * int(nodes.latent[0].numel() if exact else n * size)
+
+
+def _failure(status: Tensor, nodes: Nodes) -> str:
+    """What went wrong and where, for the first sample that failed."""
+    failed = (status != Status.OK).nonzero().flatten().tolist()
+    if not failed:
+        return ""
+    row, code = failed[0], Status(int(status[failed[0]]))
+    where = ""
+    if code == Status.NON_FINITE:
+        bad = [k for k, s, t in zip(nodes.knots, nodes.states, nodes.traces, strict=True)
+               if not bool(torch.isfinite(s[row]).all() & torch.isfinite(t[row]).all())]  # fmt: skip
+        where = f" at t = {float(bad[0].t):.6g}" if bad else ""
+    count = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+    return f"sample {row}{count} failed{where} ({code.name}): {code.sentence}"
+
+
+# --- adaptive --------------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class _LikelihoodField:
-    """d(y, log det)/du in a coordinate, from one network call; probes are fixed along the path."""
+    """d(y, log det)/du in a coordinate, from one network call; probes are kept along the path."""
 
     rev: ReverseSDE
     coordinate: Coordinate
-    probes: Tensor | None
+    groups: Groups
+    chunk: int
 
     def slopes(self, u: Tensor, leaves: Leaves) -> Leaves:
         y = leaves[0]
@@ -74,7 +676,7 @@ class _LikelihoodField:
             weights.extend(prediction.weights(*self.coordinate.slope(knot)))
             return prediction.raw
 
-        output, trace = divergence(raw, x, self.probes)
+        output, trace = value_and_traces(raw, x, self.groups, self.chunk)
         a, b = weights
         slope = rescale(x, a) + rescale(output, b)
         # the part of the slope that is linear in x has an exact trace: only the network's is estimated
@@ -82,116 +684,67 @@ class _LikelihoodField:
         return slope, _column(scale) * (d * _column(a) + _column(b) * trace)
 
     def select(self, rows: Tensor) -> _LikelihoodField:
-        probes = None if self.probes is None else self.probes[:, rows]
-        return _LikelihoodField(self.rev.select(rows), self.coordinate, probes)
+        groups = None if self.groups is None else [[v[rows] for v in group] for group in self.groups]
+        return _LikelihoodField(self.rev.select(rows), self.coordinate, groups, self.chunk)
 
 
-def log_likelihood(
-    rev: ReverseSDE,
-    x: Tensor,
-    *,
-    divergence: str = "auto",
-    probes: int = 2,
-    probe: str = "rademacher",
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    atol_nats: float = 1e-3,
-    prior: Callable[[Tensor], Tensor] | None = None,
-    rng: Rng = None,
-    condition: Mapping[str, Any] | None = None,
-    sigma_data: float = 1.0,
-    max_steps: int = 2000,
-) -> Likelihood:
-    r"""log p_{t_min}(x) of the model's probability-flow ODE, in nats per sample.
-
-    The instantaneous change of variables (Song et al. 2021, arXiv:2011.13456, eq. 39),
-    :math:`\log p_{t_{min}}(x) = \log \pi(x_T) + \int \nabla\cdot \dot x\, dt`, is integrated per sample and adaptively
-    in the angle coordinate, where state and integrand stay of order one and the scale terms (thousands of nats) are
-    added in closed form. Velocity and divergence come from one network call. A sample's result does not depend on its
-    batch mates, and nothing is evaluated outside [t_min, t_max].
-
-    It is the density at the model's smallest noise level, evaluated at x as handed over: data are not noised first
-    (the convention of Song et al.).
-
-    Args:
-        rev: reverse SDE of a continuous law.
-        x: states in model units, (B, *D), finite.
-        divergence: "exact" (one vector-Jacobian product per dimension), "hutchinson", or "auto": exact up to
-            `EXACT_UP_TO` dimensions.
-        probes: number of Hutchinson probes, fixed along the path; two or more give a standard error.
-        probe: "rademacher" or "gaussian".
-        rtol: relative tolerance on the state.
-        atol: absolute tolerance on the state.
-        atol_nats: absolute tolerance per step on log p, in nats.
-        prior: log density of the latent, (B, *D) -> (B,); the law's prior N(0, prior_std^2 I) by default.
-        rng: noise of the probes, as in `solvers.solve`; a list of ints gives every sample its own.
-        condition: keyword arguments for the network, batch first.
-        sigma_data: standard deviation of the data in model units, for the coordinate.
-        max_steps: steps tried before a sample gives up.
-
-    Raises:
-        ValueError: for x that is not finite, a chain, or options that make no sense.
-    """
-    if not isinstance(rev, ReverseSDE):
-        raise TypeError(f"`rev` must be a ReverseSDE (model.reverse()), got {type(rev).__name__}.")
-    law = rev.law
-    if not isinstance(law, SDE):
-        raise ValueError(
-            "A likelihood through the ODE needs continuous time; this model lives on a chain. Interpolate it with "
-            "TabulatedSDE(chain.alphas_cumprod)."
-        )
-    check_state("x", x)
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError("`x` contains NaN or infinite values.")
-    for name, value in (("rtol", rtol), ("atol", atol), ("atol_nats", atol_nats)):
-        check_positive(name, value)
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"`divergence` must be one of {', '.join(DIVERGENCES)}, got {divergence!r}.")
-    if not isinstance(probes, int) or probes < 1:
-        raise ValueError(f"`probes` must be an int >= 1, got {probes!r}.")
-    d = x[0].numel()
-    exact = divergence == "exact" or (divergence == "auto" and d <= EXACT_UP_TO)
-    if condition:
-        rev = rev.given(**condition)
-    vectors = None
-    if not exact:
-        draw = as_draw(rng, x)
-        vectors = torch.stack([make_probes(draw.normal("probe", k), probe) for k in range(probes)])
-
-    coordinate = Angle(sigma_data)
+def _adaptive(setup: _Setup, x: Tensor, tol: float, draw: Draw, max_steps: int) -> Likelihood:
+    law, d, coordinate = setup.law, x[0].numel(), Angle(setup.sigma_data)
+    groups: Groups = None
+    if not setup.exact:
+        groups = [setup.group(draw, "probe", k) for k in range(setup.num_probes)]
+    k = 1 if groups is None else len(groups)
     start, stop = law.knot(law.t_min), law.knot(law.t_max)
-    y = rescale(x.detach(), 1.0 / coordinate.scale(start))
-    log_det = torch.zeros(len(x), 1 if exact else probes, dtype=torch.float64, device=x.device)
-    result = integrate(
-        _LikelihoodField(rev, coordinate, vectors),
-        float(coordinate.of(start)),
-        float(coordinate.of(stop)),
-        (y, log_det),
-        TABLEAUX["dormand_prince"],
-        (rtol, 1e-12),
-        (atol, atol_nats),
-        max_steps,
-    )
-    y, log_det = result.leaves
-    latent = rescale(y, coordinate.scale(stop))
-    log_prior = (prior or law.prior_logp)(latent.double()).double().cpu()
-    scales = d * (math.log(float(coordinate.scale(stop))) - math.log(float(coordinate.scale(start))))
-    per_probe = log_det.cpu()
-    if exact:
-        trace_se = torch.zeros(len(x), dtype=torch.float64)
-    else:
-        trace_se = per_probe.std(1) / math.sqrt(probes) if probes > 1 else torch.full((len(x),), math.nan)
-    log_prob = log_prior + scales + per_probe.mean(1)
-    log_prob = torch.where(result.status == Status.OK, log_prob, math.nan)
-    nfe = result.calls * rev.nfe_per_call
+    field_ = _LikelihoodField(setup.rev, coordinate, groups, setup.chunk)
+    unit = torch.finfo(x.dtype).eps
+
+    def run(tol: float) -> tuple[Any, Tensor, Tensor]:
+        y = rescale(x, 1.0 / float(coordinate.scale(start)))
+        log_det = torch.zeros(len(x), k, dtype=torch.float64, device=x.device)
+        state = max(tol / 100.0, 4.0 * unit)
+        places = float(coordinate.of(start)), float(coordinate.of(stop))
+        tableau = TABLEAUX["dormand_prince"]
+        result = integrate(field_, *places, (y, log_det), tableau, (state, 1e-15), (state, tol), max_steps)
+        latent = rescale(result.leaves[0], float(coordinate.scale(stop)))
+        return result, latent, setup.log_prior(latent)[:, None] + result.leaves[1]
+
+    with torch.no_grad():
+        result, latent, totals = run(tol)
+        calls, status, change = result.calls, result.status, torch.full((len(x),), math.nan, dtype=torch.float64)
+        if setup.doubling:
+            before = totals.mean(1)
+            result, latent, totals = run(tol / 32.0)
+            calls, status = calls + result.calls, result.status
+            change = (totals.mean(1) - before).abs().cpu()
+        first, trace_0 = measure(setup.rev, start, x, groups, setup.chunk, False)
+        last, trace_1 = measure(setup.rev, stop, latent, groups, setup.chunk, False)
+        truncation, mismatch = setup.terms(first, last)
+    scales = d * math.log(float(coordinate.scale(stop)) / float(coordinate.scale(start)))
+    ends = [t.constant[:, None] + t.slope * trace for t, trace in ((truncation, trace_0), (mismatch, trace_1))]
+    totals = totals + scales
+    for name, value in zip(CORRECTIONS, ends, strict=True):
+        if name in setup.correct:
+            totals = totals + value
+    totals = totals.cpu()
+    log_prob = torch.where(status == Status.OK, totals.mean(1), math.nan)
+    single = groups is not None and k == 1
+    spread = torch.full_like(log_prob, math.nan) if single else totals.std(1) if k > 1 else torch.zeros_like(log_prob)
+    extra = int(mismatch.slope != 0.0)  # the call at 0, without products
+    calls = calls + 2 + extra
     return Likelihood(
         log_prob=log_prob,
-        trace_se=trace_se,
-        log_prior=log_prior,
+        trace_se=spread / math.sqrt(k),
+        trace_dof=torch.full_like(log_prob, math.inf if groups is None else k - 1.0),
+        discretization=change,
+        truncation=ends[0].mean(1).cpu(),
+        prior_mismatch=ends[1].mean(1).cpu(),
+        precision=torch.full_like(log_prob, setup.rounding(x)),
+        log_prior=setup.log_prior(latent).cpu(),
         latent=latent,
-        nfe=nfe,
-        vjps=result.calls * (d if exact else probes),
-        status=result.status,
+        nfe=calls * setup.rev.nfe_per_call,
+        vjps=(calls - extra) * setup.products(x.shape[1:], k),
+        status=status,
+        corrected=setup.correct,
         message=failure(result, coordinate, law),
     )
 

@@ -23,9 +23,7 @@ TINY = [
     "--config.training.cpu=True",
     "--config.sampling.n=4",
     "--config.sampling.steps=2",
-    "--config.likelihood.rtol=0.1",
-    "--config.likelihood.atol=0.1",
-    "--config.likelihood.atol_nats=10",
+    "--config.likelihood.steps=8",
 ]
 
 
@@ -66,13 +64,33 @@ def test_sample_to_a_picture_and_to_arrays(trained, tmp_path, capsys):
 
 
 def test_likelihood_of_held_out_data(trained, tmp_path, capsys):
-    out = tmp_path / "bits.json"
+    """A row per sample, a summary, pictures; it goes on where it stopped, and refuses what is of something else."""
+    out = tmp_path / "scores"
     base = ["likelihood", "--workdir", str(trained), "--device=cpu", "--n=6", f"--out={out}"]
-    assert main(base) == 0 and "6 held-out samples" in capsys.readouterr().out
-    figures = json.loads(out.read_text())
-    assert figures["samples"] == 6 and 1.0 < figures["bits_per_dim"] < 10.0 and figures["standard_error"] > 0.0
-    assert main([*base, "--given-class"]) == 0
-    assert json.loads(out.read_text())["bits_per_dim"] != figures["bits_per_dim"]
+    assert main([*base, "--elbo", "--convergence"]) == 0
+    shown = capsys.readouterr().out
+    assert "6 held-out samples" in shown and "variational bound" in shown and "standard error" in shown
+    figures = json.loads((out / "likelihood.json").read_text())
+    assert figures["count"] == 6 and 1.0 < figures["mean"] < 10.0 and figures["standard_error"] > 0.0
+    assert figures["elbo"]["mean"] > 1.0 and figures["convergence"]["steps"][-1] == 128
+    rows = (out / "likelihood.csv").read_text().splitlines()
+    assert len(rows) == 8 and rows[1].startswith("index,bits_per_dim,trace_se,discretization")
+    for picture in ("likelihood.png", "budget.png", "convergence.png"):
+        assert (out / picture).stat().st_size > 5000
+    assert main(base) == 0  # nothing left to do
+    assert json.loads((out / "likelihood.json").read_text())["mean"] == figures["mean"]
+    assert main([*base, "--given-class"]) == 2 and "--restart" in capsys.readouterr().err
+    assert main([*base, "--given-class", "--restart"]) == 0
+    assert json.loads((out / "likelihood.json").read_text())["mean"] != figures["mean"]
+
+
+def test_likelihood_of_a_chain_is_its_bound(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "--config=digits_ddpm", "--workdir", str(run), *TINY[:-1]]) == 0
+    assert main(["likelihood", "--workdir", str(run), "--device=cpu", "--n=2"]) == 0
+    assert "of a chain of" in capsys.readouterr().out
+    figures = json.loads((run / "likelihood" / "likelihood.json").read_text())
+    assert set(figures) == {"elbo"} and figures["elbo"]["mean"] > 0
 
 
 MISTAKES = [

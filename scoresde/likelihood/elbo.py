@@ -1,0 +1,436 @@
+r"""Variational bounds on -log p: of the reverse SDE in continuous time, and of a chain (DDPM).
+
+Both are a KL of the whole forward path against the reverse one, and have three parts: the noisiest level against the
+prior, the path, and a decoder from the cleanest level to the data.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scoresde.score_model import DataSpec, ScoreModel
+from sde_lib import SDE, Chain, Knot, Prediction, ReverseSDE
+from sde_lib._checks import check_positive, check_state
+from solvers import PerSample
+from solvers.noise import Draw, Rng, as_draw
+
+VARIANCES = ("small", "large")
+Variance = str | Callable[[Tensor, Knot], Tensor]
+
+
+@dataclass
+class Bound:
+    """An upper bound on -log p in nats, per sample: (B,), float64, on the CPU.
+
+    Attributes:
+        nats: the bound, an unbiased estimate of it.
+        standard_error: of `nats`, by the random times and noise.
+        reconstruction: the decoder's part.
+        diffusion: the path's part.
+        prior: the prior's part.
+        nfe: network evaluations.
+        what: what it is a bound of.
+    """
+
+    nats: Tensor
+    standard_error: Tensor
+    reconstruction: Tensor
+    diffusion: Tensor
+    prior: Tensor
+    nfe: Tensor
+    what: str
+
+
+def elbo(
+    rev: ReverseSDE,
+    x: Tensor,
+    *,
+    times: int | None = 128,
+    draws: int = 8,
+    data_spec: DataSpec | None = None,
+    variance: Variance = "small",
+    control_variate: bool = True,
+    sigma_data: float = 1.0,
+    rng: Rng = None,
+    condition: Mapping[str, Any] | None = None,
+    batch_rows: int = 1024,
+) -> Bound:
+    r"""Upper bound on -log p(x) in nats by the evidence lower bound.
+
+    *On an SDE* (Kingma et al. 2021, arXiv:2107.00630, eqs. 11-18; Song et al. 2021, arXiv:2101.09258, theorem 3):
+
+    .. math:: -\log p(x) \le \mathrm{KL}(N(\alpha_T x, \sigma_T^2 I) \| \pi)
+              + \int_{\lambda_T}^{\lambda_0} E\|\epsilon - \hat\epsilon(\alpha x + \sigma\epsilon)\|^2 d\lambda
+              + E[-\log p(x | x_0)],
+
+    with 0 and T standing for t_min and t_max. It is exact for an exact score, up to the decoder. Times are uniform in
+    lambda, where the weight of the likelihood is constant: two in each of `times` / 2 equal cells, so that their
+    differences give the standard error. The decoder of a density is :math:`N(\hat x_0(x_0), (\sigma/\alpha)^2 I)`; of
+    integers the softmax over the levels of :math:`\log N(x_0 / \alpha;\, x_k, (\sigma/\alpha)^2)` per element (VDM,
+    eq. 13). On the flow SDE the path ends at ``drift_t_max``, where lambda is finite; the prior's part is of that time.
+
+    *On a chain* (Ho et al. 2020, arXiv:2006.11239, eq. 5): the KL of every step, of posteriors with mean
+    :math:`c_t x_i + c_0 \hat x_0` and a variance of choice, and at level 0 the decoder: the Gaussian of mean
+    :math:`\hat x_0`, for integers its mass of their bins, the first and last of which have no end (section 3.3).
+
+    Args:
+        rev: reverse SDE, or of a chain.
+        x: data in model units, (B, *D); the middles of the bins, ``data_spec.encode(data)``, for integers.
+        times: network evaluations of the path per sample, even; on a chain None, or at least its number of steps,
+            takes every level once.
+        draws: noise draws of the decoder on an SDE, >= 2.
+        data_spec: with levels: bound -log P of the integers instead of -log p.
+        variance: of the chain's steps: "small", the posterior's own; "large", that of the forward step; or learned, a
+            function (x, knot) -> log variance like x. At level 0, where the posterior has none, the first two take
+            level 1's (Nichol & Dhariwal 2021, arXiv:2102.09672).
+        control_variate: take :math:`c^2 (\|\epsilon\|^2 - D)`, whose mean is zero, off every squared error of the
+            noise, with c the error's share of the noise for Gaussian data: the same expectation with less scatter. Not
+            used with a learned variance, which may depend on the noise.
+        sigma_data: standard deviation of the data in model units, for c.
+        rng: noise, as in `solvers.solve`; a list of ints makes a sample's result its own.
+        condition: keyword arguments for the network, batch first.
+        batch_rows: rows per network call.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit together.
+    """
+    if not isinstance(rev, ReverseSDE):
+        raise TypeError(f"`rev` must be a ReverseSDE (model.reverse()), got {type(rev).__name__}.")
+    check_state("x", x)
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("`x` contains NaN or infinite values.")
+    n = rev.law.n - 1 if isinstance(rev.law, Chain) else None
+    if times is not None and n is not None and times >= n:
+        times = None
+    if times is None and n is None:
+        raise ValueError("`times` = None takes every level of a chain; give a number on an SDE.")
+    if times is not None and (not isinstance(times, int) or times < 2 or times % 2):
+        raise ValueError(f"`times` must be an even int >= 2, got {times!r}.")
+    if not isinstance(draws, int) or draws < 2:
+        raise ValueError(f"`draws` must be an int >= 2, got {draws!r}.")
+    if isinstance(variance, str) and variance not in VARIANCES:
+        raise ValueError(f"`variance` must be one of {', '.join(VARIANCES)}, or a function, got {variance!r}.")
+    if not isinstance(batch_rows, int) or batch_rows < 1:
+        raise ValueError(f"`batch_rows` must be an int >= 1, got {batch_rows!r}.")
+    levels = data_spec if data_spec is not None and data_spec.levels is not None else None
+    check_positive("sigma_data", sigma_data)
+    share = sigma_data if control_variate and isinstance(variance, str) else 0.0
+    rev = rev.given(**condition) if condition else rev
+    run = _Run(rev, x.detach(), as_draw(rng, x.detach()), levels, share, batch_rows)
+    with torch.no_grad():
+        if isinstance(rev.law, Chain):
+            return _of_chain(run, rev.law, times, variance)
+        assert isinstance(rev.law, SDE) and times is not None
+        return _of_sde(run, rev.law, times, draws)
+
+
+@dataclass
+class _Run:
+    """Data, noise, and batches of evaluations."""
+
+    rev: ReverseSDE
+    x: Tensor
+    draw: Draw
+    levels: DataSpec | None
+    sigma_data: float
+    batch_rows: int
+
+    def scatter(self, knot: Knot, noise: Tensor) -> Tensor:
+        """c^2 (eps^2 - 1), float64, of mean zero."""
+        signal, sigma = (torch.as_tensor(k).double() for k in (knot.alpha * self.sigma_data, knot.sigma))
+        c = signal.square() / (signal.square() + sigma.square())
+        return c.square().to(noise.device) * (noise.double().square() - 1.0)
+
+    def squared_error(self, prediction: Prediction, noise: Tensor) -> Tensor:
+        """(eps - eps_hat)^2 less its control variate, float64."""
+        return (prediction.noise - noise).double().square() - self.scatter(prediction.knot, noise)
+
+    def uniform(self, *key: Any) -> Tensor:
+        """(B,) in [0, 1), float64."""
+        return torch.special.ndtr(self.draw.normal(*key).reshape(len(self.x), -1)[:, 0].double()).clamp(max=1 - 1e-12)
+
+    def at(self, places: list[Tensor], *key: Any) -> Iterator[tuple[slice, Tensor, Prediction]]:
+        """Predictions at alpha x + sigma eps for times or levels (B,), in batches: (which, eps, prediction)."""
+        x, b, law = self.x, len(self.x), self.rev.law
+        together = max(1, self.batch_rows // b)
+        for low in range(0, len(places), together):
+            part = places[low : low + together]
+            noise = torch.cat([self.draw.normal(*key, low + j) for j in range(len(part))])
+            rows = torch.arange(b, device=x.device).repeat(len(part))
+            knot = law.knot(torch.cat(part), x.ndim)
+            alpha, sigma = (torch.as_tensor(c).to(x.dtype) for c in (knot.alpha, knot.sigma))
+            yield slice(low, low + len(part)), noise, self.rev.select(rows)(alpha * x[rows] + sigma * noise, knot)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Over the elements of a sample, float64."""
+    return x.reshape(len(x), -1).sum(1, dtype=torch.float64)
+
+
+def _prior(x: Tensor, knot: Knot, std: float) -> Tensor:
+    """KL(N(alpha x, sigma^2 I) || N(0, std^2 I)), (B,)."""
+    d, ratio = x[0].numel(), (float(knot.sigma) / std) ** 2
+    return 0.5 * ((float(knot.alpha) / std) ** 2 * _sum(x.double().square()) + d * (ratio - 1.0 - math.log(ratio)))
+
+
+def _bound(run: _Run, parts: tuple[Tensor, Tensor, Tensor], variance: Tensor, nfe: int, what: str) -> Bound:
+    reconstruction, diffusion, prior = (p.cpu() for p in parts)
+    total = reconstruction + diffusion + prior
+    calls = torch.full(total.shape, nfe * run.rev.nfe_per_call, dtype=torch.int64)
+    return Bound(total, variance.sqrt().cpu(), reconstruction, diffusion, prior, calls, what)
+
+
+# --- continuous time -------------------------------------------------------------------------------------------------
+
+
+def _of_sde(run: _Run, law: SDE, times: int, draws: int) -> Bound:
+    x, b = run.x, len(run.x)
+    first, last = law.knot(law.t_min), law.knot(law.drift_t_max)
+    span = float(first.half_log_snr) - float(last.half_log_snr)
+    width = span / (times // 2)
+    places = []
+    for j in range(times):
+        lam = float(last.half_log_snr) + width * (j // 2 + run.uniform("time", j))
+        places.append(torch.as_tensor(law.time_at(lam)).clamp(law.t_min, law.drift_t_max))
+    errors = torch.empty(times, b, dtype=torch.float64, device=x.device)
+    for which, noise, prediction in run.at(places, "noise"):
+        errors[which] = _sum(run.squared_error(prediction, noise)).reshape(-1, b)
+    pairs = errors.reshape(-1, 2, b)
+    diffusion = width * pairs.mean(1).sum(0)
+    variance = width**2 * (pairs[:, 0] - pairs[:, 1]).square().sum(0) / 4.0
+    reconstruction, spread, calls = _decoder(run, law, first, draws)
+    prior = _prior(x, last, law.prior_std)
+    of = "-log P of the integers" if run.levels else "-log p"
+    what = f"variational bound on {of} in continuous time, from t = {law.t_min:g} to {law.drift_t_max:g}"
+    return _bound(run, (reconstruction, diffusion, prior), variance + spread, times + calls, what)
+
+
+def _decoder(run: _Run, law: SDE, first: Knot, draws: int) -> tuple[Tensor, Tensor, int]:
+    """E[-log p(x | x_0)], its variance and the calls made."""
+    x, b = run.x, len(run.x)
+    std = math.exp(-float(first.half_log_snr))
+    values = torch.empty(draws, b, dtype=torch.float64, device=x.device)
+    if run.levels is not None:
+        for j in range(draws):
+            y = x.double() + std * run.draw.normal("decoder", j).double()
+            values[j] = -_sum(_softmax(run.levels, y, x, std))
+    else:
+        places = [torch.full((b,), law.t_min, dtype=torch.float64, device=x.device)] * draws
+        constant = x[0].numel() * (math.log(std) + 0.5 * math.log(2.0 * math.pi))
+        for which, noise, prediction in run.at(places, "decoder"):
+            # the prediction's distance from x is std (eps - eps_hat)
+            values[which] = (0.5 * _sum(run.squared_error(prediction, noise)) + constant).reshape(-1, b)
+    calls = 0 if run.levels is not None else draws
+    return values.mean(0), values.var(0) / draws, calls
+
+
+def _softmax(spec: DataSpec, y: Tensor, x: Tensor, std: float) -> Tensor:
+    """log P(k | y) per element, with P(k | y) in proportion to N(y; x_k, std^2), at the level whose middle is x."""
+    assert spec.levels is not None
+    total = torch.full_like(y, -math.inf)
+    for k in range(spec.levels):
+        middle = (k + 0.5 - spec.shift) / spec.scale
+        total = torch.logaddexp(total, -0.5 * ((y - middle) / std).square())
+    return -0.5 * ((y - x.double()) / std).square() - total
+
+
+# --- a chain ---------------------------------------------------------------------------------------------------------
+
+
+def _of_chain(run: _Run, chain: Chain, times: int | None, variance: Variance) -> Bound:
+    x, b, n = run.x, len(run.x), chain.n - 1  # steps between levels
+    zero = torch.zeros(b, dtype=torch.int64, device=x.device)
+    steps = []
+    if times is None:
+        steps = [zero + i for i in range(1, chain.n)]
+    else:
+        for j in range(times):
+            low, high = ((j // 2 + k) * n // (times // 2) for k in (0, 1))
+            steps.append(1 + low + (run.uniform("time", j) * (high - low)).long().clamp(max=high - low - 1))
+    kl = torch.empty(len(steps), b, dtype=torch.float64, device=x.device)
+    for which, noise, prediction in run.at(steps, "noise"):
+        kl[which] = _step_kl(chain, prediction, run.squared_error(prediction, noise), variance).reshape(-1, b)
+    if times is None:
+        diffusion = kl.sum(0)
+        # neighbouring levels cost nearly the same: half the squared difference is the noise of one, or a little more
+        spread = 0.5 * (kl[1:] - kl[:-1]).square().sum(0)
+    else:
+        pairs = kl.reshape(-1, 2, b)
+        cells = torch.tensor([(j + 1) * n // (times // 2) - j * n // (times // 2) for j in range(times // 2)])
+        cells = cells.to(kl)[:, None]
+        diffusion = (cells * pairs.mean(1)).sum(0)
+        spread = (cells * (pairs[:, 0] - pairs[:, 1])).square().sum(0) / 4.0
+    ((_, noise, cleanest),) = run.at([zero], "decoder")
+    decoded = _decoded(chain, cleanest, x, variance, run.levels)
+    if run.levels is None:
+        precision = torch.exp(-_log_variance(chain, cleanest, variance))
+        ratio = float(cleanest.knot.sigma.flatten()[0] / cleanest.knot.alpha.flatten()[0])  # type: ignore[union-attr]
+        decoded = decoded + 0.5 * ratio**2 * precision * run.scatter(cleanest.knot, noise)
+    reconstruction = -_sum(decoded)
+    prior = _prior(x, chain.levels[-1], chain.prior_std)
+    of = "-log P of the integers" if run.levels else "-log p"
+    what = f"variational bound on {of} of a chain of {chain.n} steps"
+    return _bound(run, (reconstruction, diffusion, prior), spread, len(steps) + 1, what)
+
+
+def _log_variance(chain: Chain, prediction: Prediction, variance: Variance) -> Tensor:
+    """Of the model's step from the prediction's level, shaped to go with the state, float64."""
+    knot, x = prediction.knot, prediction.x
+    if not isinstance(variance, str):
+        learned = variance(x, knot)
+        if learned.shape != x.shape:
+            raise ValueError(f"`variance` must return a log variance like x, {tuple(x.shape)}, got {learned.shape}.")
+        return learned.double()
+    index = torch.as_tensor(knot.label)
+    table = chain.posterior_std if variance == "small" else chain.betas.sqrt()
+    table = torch.cat([chain.posterior_std[1:2], table[1:]])  # no step to the data has a posterior variance
+    return 2.0 * table.to(x.device)[index].log()
+
+
+def _step_kl(chain: Chain, prediction: Prediction, square: Tensor, variance: Variance) -> Tensor:
+    """KL of the posterior of the step from the prediction's level against the model's, (rows,).
+
+    Their means differ by c_0 (x_hat - x) = c_0 (sigma / alpha) (eps - eps_hat), whose square comes from `square`.
+    """
+    knot = prediction.knot
+    index = torch.as_tensor(knot.label)
+    weight, std = (table.to(square.device)[index] for table in (chain.posterior_x_0, chain.posterior_std))
+    log_model, log_true = _log_variance(chain, prediction, variance), 2.0 * std.log()
+    off = (weight * torch.as_tensor(knot.sigma / knot.alpha)).square() * square
+    terms = log_model - log_true - 1.0 + torch.exp(log_true - log_model) + off * torch.exp(-log_model)
+    return 0.5 * _sum(terms.expand_as(square))
+
+
+def _decoded(
+    chain: Chain, prediction: Prediction, x: Tensor, variance: Variance, levels: DataSpec | None
+) -> Tensor:
+    """log p(x | x_0) per element: of the density, or of the bin whose middle is x."""
+    mean, x = prediction.data.double(), x.double()
+    std = torch.exp(0.5 * _log_variance(chain, prediction, variance)).expand_as(mean)
+    if levels is None:
+        return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2.0 * math.pi)
+    assert levels.levels is not None
+    half, k = 0.5 / levels.scale, (x * levels.scale + levels.shift).floor()
+    low, high = (x - half - mean) / std, (x + half - mean) / std
+    low = torch.where(k <= 0, -math.inf, low)
+    high = torch.where(k >= levels.levels - 1, math.inf, high)
+    # both ends on the side where the tail is small: a difference of numbers near one would lose it
+    flip = low > 0
+    low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
+    upper, lower = torch.special.log_ndtr(high), torch.special.log_ndtr(low)
+    return upper + torch.log1p(-torch.exp(lower - upper))
+
+
+# --- data sets -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataBound:
+    """Bits per dimension of a data set by the variational bound.
+
+    Attributes:
+        mean: over the samples.
+        standard_error: of the mean, over samples; it contains the noise of times and draws.
+        per_sample: (N,), float64, in bits/dim, as are the following.
+        sample_error: standard error of each.
+        reconstruction: the decoder's part.
+        diffusion: the path's part.
+        prior: the prior's part.
+        nfe: network evaluations per sample, (N,).
+        what: a sentence that says what the figure is.
+    """
+
+    mean: float
+    standard_error: float
+    per_sample: Tensor
+    sample_error: Tensor
+    reconstruction: Tensor
+    diffusion: Tensor
+    prior: Tensor
+    nfe: Tensor
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} +- {self.standard_error:.4f} bits/dim ({self.what})"
+
+    def summary(self) -> dict[str, Any]:
+        """All but the figures per sample, ready for JSON."""
+        parts = {name: float(getattr(self, name).mean()) for name in ("reconstruction", "diffusion", "prior")}
+        return {
+            "mean": self.mean,
+            "standard_error": self.standard_error,
+            **parts,
+            "nfe_per_sample": float(self.nfe.double().mean()),
+            "count": len(self.per_sample),
+            "what": self.what,
+        }
+
+
+def elbo_of_data(
+    model: ScoreModel,
+    data: Tensor,
+    *,
+    labels: Tensor | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool | None = None,
+    **options: Any,
+) -> DataBound:
+    """Bits per dimension of a data set by `elbo`: of integers where the data have levels, else of the density.
+
+    Args:
+        model: a score model on an SDE or a chain, with a data specification.
+        data: (N, *D) in data units, checked. All are scored, in batches.
+        labels: class labels (N,) for a conditional model.
+        batch_size: samples per batch; results do not depend on it.
+        seed: noise; sample i draws from the stream of seed and i alone.
+        progress: progress bar; on a terminal by default.
+        **options: of `elbo` (times, draws, variance).
+
+    Raises:
+        ValueError: for data that do not fit the specification, or a model without one.
+    """
+    spec = model.data_spec
+    if spec is None:
+        raise ValueError("elbo_of_data needs a model with a data_spec: shape, scaling and levels of the data.")
+    if len(data) == 0:
+        raise ValueError("`data` is empty.")
+    spec.check(data)
+    rev, bounds = model.reverse(), []
+    with tqdm(
+        total=len(data), desc="elbo", unit="sample", disable=None if progress is None else not progress, file=sys.stderr
+    ) as bar:
+        for low in range(0, len(data), batch_size):
+            part = slice(low, low + batch_size)
+            x = spec.encode(data[part].to(model.device))
+            condition = {} if labels is None else {"class_label": labels[part].to(model.device)}
+            rng = PerSample([seed * 2**32 + low + i for i in range(len(x))])
+            given = {"sigma_data": model.sigma_data, **options}
+            bounds.append(elbo(rev, x, data_spec=spec, rng=rng, condition=condition, **given))
+            bar.update(len(x))
+    bits = spec.dims * math.log(2.0)
+    jacobian = spec.dims * math.log(spec.scale) if spec.levels is None else 0.0
+    column = {
+        name: torch.cat([getattr(bound, name) for bound in bounds]) / bits
+        for name in ("nats", "standard_error", "reconstruction", "diffusion", "prior")
+    }
+    figures = column["nats"] + jacobian / bits
+    return DataBound(
+        mean=float(figures.mean()),
+        standard_error=float(figures.std() / math.sqrt(len(figures))) if len(figures) > 1 else math.nan,
+        per_sample=figures,
+        sample_error=column["standard_error"],
+        reconstruction=column["reconstruction"] + jacobian / bits,
+        diffusion=column["diffusion"],
+        prior=column["prior"],
+        nfe=torch.cat([bound.nfe for bound in bounds]),
+        what=bounds[0].what,
+    )

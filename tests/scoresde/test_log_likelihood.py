@@ -1,0 +1,530 @@
+"""log p against closed forms, and every error bar against the error it stands for."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from scoresde import SDES, VPSDE, ClassifierFreeGuidance, GaussianMixture, log_likelihood
+from scoresde.guidance import Wrapper
+from scoresde.likelihood.path import ascending_knots, quadrature
+from sde_lib import EDMSDE, PARAMETERIZATIONS, VESDE, FlowSDE
+from solvers import DDIM, RK4, Angle, Blended, EulerMaruyama, Heun, PerSample, Status
+
+
+def sde_of(name):
+    return SDES[name](VPSDE().discretize(1000).alphas_cumprod) if name == "tabulated" else SDES[name]()
+
+
+def mixture(shape=(2, 2), seed=0):
+    """Three correlated components of every spread, in any shape."""
+    generator = torch.Generator().manual_seed(seed)
+    d = math.prod(shape)
+    a = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    cov = a @ a.T / (2 * d) + 0.02 * torch.eye(d)
+    means = 0.5 * torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    return GaussianMixture(means, covariances=torch.stack([cov, cov / 2, cov / 3]), weights=[0.5, 0.3, 0.2])
+
+
+@pytest.mark.parametrize("name", sorted(SDES))
+def test_log_likelihood_is_the_exact_log_density_at_t_min(name):
+    """Exact trace and exact terminal density leave the discretisation only: tolerance 1e-8 gives 1e-6 nats."""
+    sde, data = sde_of(name), mixture()
+    x = data.sample(12, torch.Generator().manual_seed(1), torch.float64)
+    result = log_likelihood(
+        data.reverse(sde),
+        x,
+        tol=1e-6,
+        prior=lambda z: data.log_prob(z, sde.knot(sde.t_max)),
+    )
+    exact = data.log_prob(x, sde.knot(sde.t_min))
+    torch.testing.assert_close(result.log_prob, exact, rtol=0, atol=1e-6)
+    assert result.ok and (result.trace_se == 0).all()
+
+
+def test_the_standard_priors_mismatch_is_what_it_should_be():
+    """With the default prior the difference from the exact density is log N(x_T; 0, I) - log p_T(x_T), no more."""
+    sde, data = VPSDE(), mixture()
+    x = data.sample(12, torch.Generator().manual_seed(1), torch.float64)
+    standard = log_likelihood(data.reverse(sde), x, tol=1e-6)
+    mismatch = sde.prior_logp(standard.latent) - data.log_prob(standard.latent, sde.knot(sde.t_max))
+    exact = data.log_prob(x, sde.knot(sde.t_min))
+    torch.testing.assert_close(standard.log_prob - mismatch, exact, rtol=0, atol=1e-6)
+    assert 1e-5 < mismatch.abs().max() < 0.1  # there is one: alpha(T) = 6.6e-3
+
+
+def test_a_sample_does_not_know_its_batch_mates():
+    """Alone, among easy mates, or beside an outlier: the same log p to rounding (the mixture uses no matmul)."""
+    data = GaussianMixture([[-1.0, 0.3], [1.0, -0.5]], std=[0.05, 0.4])
+    rev = data.reverse(VPSDE())
+    x = data.sample(6, torch.Generator().manual_seed(0), torch.float64)
+    together = log_likelihood(rev, torch.cat([x, torch.full((1, 2), 40.0, dtype=torch.float64)]))
+    for i in range(len(x)):
+        alone = log_likelihood(rev, x[i : i + 1])
+        torch.testing.assert_close(alone.log_prob[0], together.log_prob[i], rtol=0, atol=1e-12)
+        assert alone.nfe[0] == together.nfe[i]
+
+
+@pytest.mark.parametrize("kind", sorted(PARAMETERIZATIONS))
+def test_every_parameterization_gives_the_same_density(kind):
+    """The linear part of the slope is taken in closed form, differently for each: the sum must not care."""
+    sde, data = VPSDE(), mixture((3,))
+    knot_rev = data.reverse(sde)
+
+    def view(x, t):
+        prediction = knot_rev(x, sde.knot(t, ndim=x.ndim))
+        if kind != "edm":
+            return getattr(prediction, kind)
+        p, q = PARAMETERIZATIONS["edm"](0.7).coefficients(prediction.knot)
+        return p * prediction.data + q * prediction.noise
+
+    rev = sde.reverse(**{kind: view}, **({"sigma_data": 0.7} if kind == "edm" else {}))
+    x = data.sample(5, torch.Generator().manual_seed(0), torch.float64)
+    options = {"tol": 1e-7}
+    torch.testing.assert_close(
+        log_likelihood(rev, x, **options).log_prob, log_likelihood(knot_rev, x, **options).log_prob, rtol=0, atol=1e-7
+    )
+
+
+def test_float32_is_enough():
+    """D = 16, float32 state and score: within 1e-3 nats of float64."""
+    data = mixture((16,))
+    rev = data.reverse(VPSDE())
+    x = data.sample(8, torch.Generator().manual_seed(0), torch.float64)
+    single, double = (log_likelihood(rev, v, divergence="exact").log_prob for v in (x.float(), x))
+    torch.testing.assert_close(single, double, rtol=0, atol=1e-3)
+
+
+def test_guidance_counts_twice_and_a_failing_sample_says_so():
+    data = GaussianMixture([[0.0]], std=0.5)
+    rev = data.reverse(VPSDE())
+    guided = ClassifierFreeGuidance(rev, 1.0, null={})
+    x = data.sample(3, torch.Generator().manual_seed(0), torch.float64)
+    assert torch.equal(log_likelihood(guided, x).nfe, 2 * log_likelihood(rev, x).nfe)
+
+    def broken(v, t):
+        return torch.where((t[:, None] > 0.5) & (v > 0), math.nan, -v)
+
+    result = log_likelihood(VPSDE().reverse(score=broken), torch.tensor([[0.5], [-0.5]], dtype=torch.float64))
+    assert result.status.tolist() == [Status.NON_FINITE, Status.OK]
+    assert math.isnan(result.log_prob[0]) and math.isfinite(result.log_prob[1])
+    assert "sample 0" in result.message and "t = 0.5" in result.message
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp", "ve"])
+def test_golden_gaussian(golden, name):
+    """score_sde_pytorch's own problem: log p of the ODE with the standard prior is known in closed form.
+
+    The published code is off by 5e-7 to 5e-6 of the bits/dim; ours agrees with the exact value to its tolerance.
+    """
+    z = np.load(golden / "likelihood_gauss.npz")
+    mu, s, eps = z[f"gauss_{name}/params"]
+    sde = {"vp": VPSDE, "subvp": SDES["sub_vp"], "ve": SDES["ve"]}[name](t_min=float(eps))
+    x = torch.from_numpy(z[f"gauss_{name}/x"]).double()
+    data = GaussianMixture(torch.full((1, *x.shape[1:]), float(mu), dtype=torch.float64), std=float(s))
+    result = log_likelihood(data.reverse(sde), x, divergence="exact", tol=1e-5, doubling=False)
+    exact = torch.from_numpy(z[f"gauss_{name}/logp_ode_exact"])
+    torch.testing.assert_close(result.log_prob, exact, rtol=1e-6, atol=1e-4)
+
+
+
+# --- fixed steps -----------------------------------------------------------------------------------------------------
+
+
+class Logged(Wrapper):
+    """Counts evaluations: rows times calls."""
+
+    def __init__(self, inner, log):
+        super().__init__(inner)
+        self.log = log
+
+    def __call__(self, x, t):
+        self.log.append((len(x), *((t.t, t.t) if isinstance(t.t, float) else (float(t.t.min()), float(t.t.max())))))
+        return self.inner(x, t)
+
+    def around(self, inner):
+        return Logged(inner, self.log)
+
+
+def spectrum(d=48, low=1e-3, high=9.0, seed=0):
+    """A Gaussian with eigenvalues over four decades in a random basis."""
+    g = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64))
+    cov = (q * torch.logspace(math.log10(low), math.log10(high), d, dtype=torch.float64)) @ q.T
+    return GaussianMixture(torch.zeros(1, d), covariances=((cov + cov.T) / 2)[None])
+
+
+LAWS = {"vp": VPSDE(), "sub_vp": SDES["sub_vp"](), "ve": VESDE(), "edm": EDMSDE(), "flow": FlowSDE()}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_fixed_steps_converge_to_the_exact_density(name):
+    """192 dimensions with eigenvalues from 1e-3 to 9, terminal density given, exact trace: from 16 to 96 steps the
+    error falls at least 50 times, to below 2e-3 nats (1.5e-5 bits/dim)."""
+    sde, data = LAWS[name], spectrum(192)
+    x = data.sample(3, torch.Generator().manual_seed(1), torch.float64) * sde.alpha(sde.t_min)
+    exact = data.log_prob(x, sde.knot(sde.t_min))
+    options = {"divergence": "exact", "doubling": False, "chunk": 64}
+    options["prior"] = lambda z: data.log_prob(z, sde.knot(sde.t_max))
+    errors = []
+    for steps in (16, 96):
+        result = log_likelihood(data.reverse(sde), x, steps=steps, **options)
+        errors.append(float((result.log_prob - exact).square().mean().sqrt()))
+        assert int(result.nfe[0]) <= steps + 3 and result.ok
+    assert errors[1] < errors[0] / 50 and errors[1] < 2e-3, errors
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_the_quadrature_is_of_fourth_order(sigma_data):
+    """On a function whose integral over the angle is known, with and without an end at alpha = 0."""
+    for law in (VPSDE(), FlowSDE()):
+        errors = []
+        for steps in (20, 40, 80):
+            knots = ascending_knots(law, Blended(mix=0.3), steps)
+            if law.drift_t_max < law.t_max:
+                knots = (*knots, law.knot(law.t_max))
+            at = [float(Angle(sigma_data).of(k)) for k in knots]
+            got = sum(w * math.sin(2 * u) for w, u in zip(quadrature(knots, sigma_data), at, strict=True))
+            errors.append(abs(got - (math.cos(2 * at[0]) - math.cos(2 * at[-1])) / 2))
+        assert errors[1] < errors[0] / 10 and errors[2] < max(errors[1] / 10, 1e-6), errors
+
+
+def test_traces_are_taken_in_the_solvers_calls_and_never_outside():
+    """33 calls for 32 steps, every knot once; t within [t_min, t_max]; coarser runs add 17 and 9; the prior one."""
+    data = spectrum(20)
+    x = data.sample(2, torch.Generator().manual_seed(1), torch.float64)
+    for law, joint in ((VPSDE(), 33), (FlowSDE(), 34)):
+        log = []
+        rev = Logged(data.reverse(law), log)
+        start = x * law.alpha(law.t_min)
+        result = log_likelihood(rev, start, steps=32, num_probes=1, doubling=False, rng=0)
+        assert len(log) == int(result.nfe[0]) == joint + (law.alpha(law.t_max) > 0)
+        times = [t for row in log for t in row[1:]]
+        assert min(times) == law.t_min and max(times) == law.t_max
+        assert int(result.vjps[0]) == joint
+        del log[:]
+        result = log_likelihood(rev, start, steps=32, num_probes=3, rng=0)
+        assert len(log) == int(result.nfe[0]) and int(result.vjps[0]) == 4 * joint + (joint - 16) + (joint - 24)
+
+
+def test_trajectory_first_gives_the_same():
+    """The divergence after the trajectory, knots in one batch or one by one: same states, same probes, same value."""
+    data = spectrum(20)
+    rev = data.reverse(VPSDE())
+    x = data.sample(3, torch.Generator().manual_seed(1), torch.float64)
+    options = {"steps": 16, "solver": DDIM(), "rng": [5, 6, 7]}
+    want = log_likelihood(rev, x, **options)
+    for rows in (1, 7, 1000):
+        got = log_likelihood(rev, x, joint=False, batch_rows=rows, **options)
+        torch.testing.assert_close(got.log_prob, want.log_prob, rtol=1e-10, atol=1e-8)
+        torch.testing.assert_close(got.trace_se, want.trace_se)
+    calls = []
+    log_likelihood(Logged(rev, calls), x, joint=False, batch_rows=1000, doubling=False, **options)
+    assert len(calls) == 16 + 1 + 1 and max(rows for rows, _, _ in calls) == 3 * 17
+
+
+@pytest.mark.parametrize("solver", [DDIM(), Heun(), RK4("rk4", "angle")], ids=lambda s: type(s).__name__)
+def test_any_deterministic_solver_follows_the_trajectory(solver):
+    data = mixture((6,))
+    sde = VPSDE()
+    x = data.sample(4, torch.Generator().manual_seed(1), torch.float64)
+    exact = data.log_prob(x, sde.knot(sde.t_min))
+    prior = {"prior": lambda z: data.log_prob(z, sde.knot(sde.t_max))}
+    errors = []
+    for steps in (64, 256):
+        got = log_likelihood(data.reverse(sde), x, steps=steps, solver=solver, divergence="exact", **prior)
+        errors.append(float((got.log_prob - exact).abs().mean()))
+    order = math.log(errors[0] / errors[1]) / math.log(4)
+    assert order > 0.8 * min(solver.order, 3), (errors, order)
+
+
+def test_a_sample_does_not_know_its_batch_mates_on_fixed_steps_either():
+    """Alone, with others, and with a hard sample: the same to rounding, probes and error bars included."""
+    data = GaussianMixture(torch.randn(4, 20, generator=torch.Generator().manual_seed(0)), std=0.3)
+    rev = data.reverse(VPSDE())
+    x = data.sample(5, torch.Generator().manual_seed(0), torch.float64)
+    seeds = [11, 12, 13, 14, 15, 99]
+    together = log_likelihood(rev, torch.cat([x, torch.full((1, 20), 30.0, dtype=torch.float64)]), steps=16, rng=seeds)
+    more = together.refine(target_se=0.2)
+    for i in range(5):
+        alone = log_likelihood(rev, x[i : i + 1], steps=16, rng=[seeds[i]])
+        for name in ("log_prob", "trace_se", "discretization", "truncation", "prior_mismatch"):
+            torch.testing.assert_close(getattr(alone, name)[0], getattr(together, name)[i], rtol=1e-9, atol=1e-9)
+        alone = alone.refine(target_se=0.2)
+        torch.testing.assert_close(alone.log_prob[0], more.log_prob[i], rtol=1e-9, atol=1e-9)
+        assert alone.vjps[0] == more.vjps[i]
+
+
+# --- the error bars --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"steps": 16}, {"tol": 1e-2, "doubling": False}], ids=["fixed", "adaptive"])
+def test_hutchinson_is_unbiased_and_its_bar_covers(options):
+    """200 seeds: the mean within 3 standard errors; the reported standard error within 20 % of the true spread, in the
+    mean square; the 90 % bars cover 90 % within three binomial standard deviations."""
+    data = spectrum(24)
+    rev = data.reverse(VPSDE())
+    x = data.sample(1, torch.Generator().manual_seed(3), torch.float64)
+    exact = log_likelihood(rev, x, divergence="exact", **options).log_prob
+    n = 200
+    many = log_likelihood(
+        rev, x.expand(n, -1), divergence="hutchinson", num_probes=4, rng=list(range(n)), **options
+    )
+    error = many.log_prob - exact
+    assert abs(error.mean()) < 3 * error.std() / math.sqrt(n)
+    assert abs(float(many.trace_se.square().mean().sqrt() / error.std()) - 1) < 0.2
+    covered = (error.abs() < many.trace_bar(0.9)).double().mean()
+    assert abs(covered - 0.9) < 3 * math.sqrt(0.09 / n), covered
+
+
+def test_fresh_probes_leave_less_noise_than_kept_ones():
+    """Same number of products: the variance of the sum over knots is a fraction of that of one probe for all."""
+    data = spectrum(24)
+    rev = data.reverse(VPSDE())
+    x = data.sample(1, torch.Generator().manual_seed(3), torch.float64).expand(200, -1)
+    options = {"divergence": "hutchinson", "num_probes": 1, "rng": list(range(200)), "doubling": False}
+    fresh = log_likelihood(rev, x, steps=32, **options).log_prob
+    kept = log_likelihood(rev, x, tol=1e-2, **options).log_prob
+    assert fresh.var() < kept.var() / 3
+
+
+@pytest.mark.parametrize("law", ["vp", "ve", "flow"])
+def test_the_discretization_bar_covers(law):
+    """Three times the reported change covers the error in at least 97 % of 300 samples (minus three binomial standard
+    deviations), at several numbers of steps, some of them too few; those that are not settled say so."""
+    sde = LAWS[law]
+    means = torch.randn(6, 8, generator=torch.Generator().manual_seed(4))
+    data = GaussianMixture(means, std=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    x = data.sample(300, torch.Generator().manual_seed(1), torch.float64) * sde.alpha(sde.t_min)
+    exact = data.log_prob(x, sde.knot(sde.t_min))
+    options = {"divergence": "exact", "prior": lambda z: data.log_prob(z, sde.knot(sde.t_max))}
+    for steps in (8, 12, 16, 32, 64):
+        result = log_likelihood(data.reverse(sde), x, steps=steps, **options)
+        settled = result.status == Status.OK
+        error = (result.log_prob - exact).abs()
+        covered = (error <= 3 * result.discretization + 1e-9)[settled].double().mean()
+        assert covered > 0.97 - 3 * math.sqrt(0.03 * 0.97 / 300), (steps, covered)
+        if steps >= 32:  # and it is a bar, not a blanket: the size of the error of half the steps
+            half = log_likelihood(data.reverse(sde), x, steps=steps // 2, doubling=False, **options)
+            assert 0.5 < float(((half.log_prob - exact).abs() / result.discretization).median()) < 2.0
+            assert settled.double().mean() > 0.9
+    adaptive = log_likelihood(data.reverse(sde), x[:50], tol=1e-3, **options)
+    assert ((adaptive.log_prob - exact[:50]).abs() <= 3 * adaptive.discretization + 1e-9).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("law", ["vp", "ve", "flow"])
+@pytest.mark.parametrize("options", [{"tol": 1e-5}, {"steps": 64, "divergence": "exact"}], ids=["adaptive", "fixed"])
+def test_truncation_leads_to_the_density_of_the_data(law, options):
+    """The first-order term: what is left after it falls with the square of the noise variance at t_min."""
+    data = GaussianMixture(torch.randn(3, 4, generator=torch.Generator().manual_seed(4)), std=[0.3, 0.4, 0.5])
+    raw, left = [], []
+    # the first order is that of sigma^2, and of sigma on the flow, where 1 - alpha = sigma
+    power = 1 if law == "flow" else 2
+    for half_log_snr in (3.5, 4.5):
+        base = LAWS[law]
+        sde = type(base)(t_min=base.time_at(half_log_snr))
+        x = data.sample(40, torch.Generator().manual_seed(1), torch.float64)
+        given = {"prior": lambda z, s=sde: data.log_prob(z, s.knot(s.t_max)), **options}
+        result = log_likelihood(data.reverse(sde), x, **given)
+        fixed = log_likelihood(data.reverse(sde), x, correct=["truncation"], **given)
+        torch.testing.assert_close(fixed.log_prob, result.log_prob + result.truncation)
+        difference = data.log_prob(x) - data.log_prob(x, sde.knot(sde.t_min))
+        solved = data.log_prob(x, sde.knot(sde.t_min)) + (fixed.log_prob - result.log_prob)
+        raw.append(float(difference.square().mean().sqrt()))
+        left.append(float((solved - data.log_prob(x)).square().mean().sqrt()))
+        assert (difference.abs() <= 1.5 * result.truncation.abs() + 1e-4).double().mean() > 0.9
+    assert raw[1] < 1.3 * raw[0] * math.exp(-power), raw
+    assert left[1] < 1.3 * left[0] * math.exp(-2 * power) and left[0] < raw[0] / 3, left
+
+
+@pytest.mark.parametrize("law", ["vp", "sub_vp", "ve", "edm"])
+@pytest.mark.parametrize("options", [{"tol": 1e-4}, {"steps": 64, "divergence": "exact"}], ids=["adaptive", "fixed"])
+def test_prior_mismatch_leads_to_the_exact_terminal_density(law, options):
+    """Per sample, to a hundredth of itself, for data with a mean of their own."""
+    sde, data = LAWS[law], mixture((3,))
+    x = data.sample(20, torch.Generator().manual_seed(1), torch.float64)
+    result = log_likelihood(data.reverse(sde), x, **options)
+    want = data.log_prob(result.latent, sde.knot(sde.t_max)) - sde.prior_logp(result.latent)
+    torch.testing.assert_close(result.prior_mismatch, want, rtol=0.02, atol=0.01 * float(want.abs().mean()))
+    corrected = log_likelihood(data.reverse(sde), x, correct=["prior"], **options)
+    torch.testing.assert_close(corrected.log_prob, result.log_prob + result.prior_mismatch)
+    assert (corrected.error() < result.error()).all()
+
+
+def test_one_bar_for_everything():
+    data = mixture((6,))
+    x = data.sample(40, torch.Generator().manual_seed(1), torch.float64)
+    truth = data.log_prob(x)
+    result = log_likelihood(data.reverse(VESDE()), x, divergence="hutchinson", steps=32, num_probes=4, rng=0)
+    z = (result.log_prob - truth).abs() / result.error(0.95)
+    assert (z < 1).double().mean() > 0.9
+    assert (result.trace_bar(0.99) > result.trace_bar(0.9)).all()
+    with pytest.raises(ValueError, match="confidence"):
+        result.trace_bar(95)
+
+
+def test_precision_bar_covers_float32():
+    """D = 16, float32 state and score, on fixed steps: the difference to float64 is below twice the
+    reported size, and that is no blanket: below 1e-3 nats."""
+    data = mixture((16,))
+    rev = data.reverse(VPSDE())
+    x = data.sample(40, torch.Generator().manual_seed(0), torch.float32)
+    single = log_likelihood(rev, x, steps=32, divergence="exact")
+    double = log_likelihood(rev, x.double(), steps=32, divergence="exact")
+    assert (single.log_prob - double.log_prob).abs().median() < 2 * single.precision[0] < 2e-3
+    assert double.precision[0] < 1e-13
+
+
+# --- refine ----------------------------------------------------------------------------------------------------------
+
+
+def test_refine_halves_the_error_without_solving_again():
+    data = spectrum(24)
+    log = []
+    rev = Logged(data.reverse(VPSDE()), log)
+    x = data.sample(30, torch.Generator().manual_seed(3), torch.float64)
+    first = log_likelihood(rev, x, steps=16, num_probes=4, rng=0)
+    exact = log_likelihood(rev, x, steps=16, divergence="exact")
+    del log[:]
+    finer = first.refine(num_probes=12)
+    assert len(log) == 17 and int(finer.nfe[0]) == int(first.nfe[0]) + 17  # one call per knot, none of a solver
+    assert abs(float((finer.trace_se / first.trace_se).square().mean().sqrt()) - 0.5) < 0.1
+    z = (finer.log_prob - exact.log_prob) / finer.trace_se
+    assert 0.5 < float(z.square().mean()) < 2.0
+    once = log_likelihood(rev, x, steps=16, num_probes=16, rng=list(range(30)))
+    twice = log_likelihood(rev, x, steps=16, num_probes=4, rng=list(range(30))).refine(num_probes=12)
+    torch.testing.assert_close(once.log_prob, twice.log_prob)  # the same estimates, pooled
+    torch.testing.assert_close(once.trace_se, twice.trace_se)
+    torch.testing.assert_close(once.trace_dof, twice.trace_dof)
+    assert float((first.log_prob - finer.log_prob).abs().max()) > 0  # and the first is left as it was
+
+
+def test_refine_reaches_a_target_and_turns_exact_where_that_is_cheaper():
+    data = spectrum(24)
+    rev = data.reverse(VPSDE())
+    x = data.sample(10, torch.Generator().manual_seed(3), torch.float64)
+    first = log_likelihood(rev, x, steps=16, num_probes=2, rng=0)
+    near = first.refine(target_se=float(first.trace_se.median()) / 1.5)
+    assert (near.trace_se <= float(first.trace_se.median()) / 1.5).all() and (near.vjps < 17 * 30).all()
+    exact = log_likelihood(rev, x, steps=16, divergence="exact")
+    sharp = log_likelihood(rev, x, steps=16, num_probes=2, rng=0, target_se=1e-4)
+    assert (sharp.trace_se == 0).all() and torch.isinf(sharp.trace_dof).all()
+    torch.testing.assert_close(sharp.log_prob, exact.log_prob)
+    assert (sharp.refine(num_probes=3).vjps == sharp.vjps).all()  # nothing to add
+
+
+# --- gradients, failures, arguments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", ["exact", "hutchinson"])
+def test_gradients_with_respect_to_x_and_to_parameters(divergence):
+    """d log p / dx is the score; d log p / d(std) of a Gaussian is known."""
+    sde = VPSDE()
+    std = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+
+    def noise(x, t):
+        k = sde.knot(t, ndim=x.ndim)
+        return k.sigma / (k.alpha**2 * std**2 + k.sigma**2) * x
+
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    result = log_likelihood(
+        sde.reverse(noise=noise), x, steps=48, divergence=divergence, differentiable=True, doubling=False, rng=0
+    )
+    got_x, got_std = torch.autograd.grad(result.log_prob.sum(), (x, std))
+    k = sde.knot(sde.t_min)
+    variance = k.alpha**2 * 0.36 + k.sigma**2
+    torch.testing.assert_close(got_x, -x.detach() / variance, rtol=1e-3, atol=1e-4)
+    want = (x.detach().square() / variance - 1).sum() / variance * k.alpha**2 * 0.6
+    torch.testing.assert_close(got_std, want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_whose_steps_do_not_settle_says_so():
+    """A score that oscillates fast in time: halving the steps never settles, and the status says it."""
+    sde = VPSDE()
+
+    def rough(x, t):
+        return x * torch.sin(4000.0 * t)[:, None]
+
+    x = torch.randn(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    result = log_likelihood(sde.reverse(noise=rough), x, steps=16, divergence="exact")
+    assert (result.status == Status.NOT_CONVERGED).double().mean() > 0.5
+    assert "NOT_CONVERGED" in result.message and "more steps" in result.message
+    assert not result.ok and torch.isfinite(result.log_prob).all()
+
+
+def test_a_failing_sample_on_fixed_steps_costs_itself_only():
+    def broken(v, t):
+        return torch.where((t[:, None] > 0.5) & (v.sum(1, keepdim=True) > 0), math.nan, -v)
+
+    x = torch.tensor([[0.5, 0.1], [-0.5, -0.1]], dtype=torch.float64)
+    result = log_likelihood(VPSDE().reverse(score=broken), x, steps=32, divergence="exact")
+    assert result.status[0] == Status.NON_FINITE and result.status[1] != Status.NON_FINITE
+    assert math.isnan(result.log_prob[0]) and math.isfinite(result.log_prob[1])
+    assert "sample 0" in result.message and "t = 0.5" in result.message
+
+
+def test_without_the_check_nothing_is_looked_at():
+    data = mixture((6,))
+    x = data.sample(4, torch.Generator().manual_seed(1), torch.float64)
+    options = {"steps": 16, "rng": [1, 2, 3, 4], "divergence": "hutchinson"}
+    plain = log_likelihood(data.reverse(VPSDE()), x, **options)
+    fast = log_likelihood(data.reverse(VPSDE()), x, check=False, **options)
+    torch.testing.assert_close(plain.log_prob, fast.log_prob)
+
+
+@pytest.mark.gpu
+def test_fixed_steps_do_not_wait_for_the_device(device):
+    """CUDA raises at any synchronisation while this runs; and the whole of it is captured as a graph."""
+    data = GaussianMixture(torch.randn(4, 3, 8, 8), std=0.3)
+    rev = data.reverse(VPSDE())
+    x = data.sample(8, torch.Generator().manual_seed(0)).to(device)
+    options = {"steps": 16, "rng": list(range(8)), "check": False, "divergence": "hutchinson"}
+    want = log_likelihood(rev, x, **options).log_prob
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = log_likelihood(rev, x, **options).log_prob
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(got, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = log_likelihood(rev, x, **options).log_prob
+    graph.replay()
+    torch.testing.assert_close(captured, want)
+
+
+def test_bad_arguments_are_refused():
+    rev = GaussianMixture([[0.0]], std=1.0).reverse(VPSDE())
+    x = torch.zeros(2, 1)
+    for options, message in (
+        ({"divergence": "exat"}, "exact"),
+        ({"num_probes": 0}, "num_probes"),
+        ({"probes": "cauchy"}, "Unknown probe"),
+        ({"tol": 0.0}, "tol"),
+        ({"steps": 32, "tol": 1e-3}, "not both"),
+        ({"steps": 30}, "multiple of 4"),
+        ({"steps": 2, "doubling": False}, "steps"),
+        ({"tol": 1e-3, "target_se": 0.1}, "fixed steps"),
+        ({"tol": 1e-3, "differentiable": True}, "fixed steps"),
+        ({"steps": 8, "solver": EulerMaruyama()}, "deterministic"),
+        ({"steps": 8, "solver": Heun(), "joint": True}, "joint=False"),
+        ({"correct": ["trunc"]}, "truncation"),
+        ({"correct": "truncation"}, "collection"),
+        ({"sigma_data": 0.0}, "sigma_data"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            log_likelihood(rev, x, **options)
+    with pytest.raises(ValueError, match="NaN"):
+        log_likelihood(rev, torch.tensor([[math.nan]]))
+    with pytest.raises(ValueError, match="chain"):
+        log_likelihood(GaussianMixture([[0.0]], std=1.0).reverse(VPSDE().discretize(50)), x)
+    with pytest.raises(ValueError, match="seed per sample"):
+        log_likelihood(rev, x, divergence="hutchinson", rng=PerSample([1]))
+    with pytest.raises(TypeError, match="ReverseSDE"):
+        log_likelihood(lambda v, t: v, x)
+    result = log_likelihood(rev, x, tol=1e-3)
+    with pytest.raises(ValueError, match="fixed steps"):
+        result.refine(num_probes=2)
+    with pytest.raises(ValueError, match="num_probes"):
+        result.refine()
