@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from scoresde.guidance import ClassifierFreeGuidance, ClipData, inpaint
+from scoresde.latents import decode, encode, interpolate
 from scoresde.likelihood import (
     PROBES,
     BasisProbes,
@@ -219,13 +220,16 @@ __all__ = [
     "chain_loss",
     "compare",
     "continuous_loss",
+    "decode",
     "divergence",
     "elbo",
     "elbo_of_data",
+    "encode",
     "energy_distance",
     "frechet_distance",
     "gaussian_bits_per_dim",
     "inpaint",
+    "interpolate",
     "load_model",
     "log_likelihood",
     "mmd2",

@@ -108,7 +108,7 @@ def test_integers_of_a_known_law(kind):
     law = sde if kind == "continuous" else sde.discretize(1000)
     label = "time" if kind == "continuous" else "index"
     model = ScoreModel(OfBins(p, law), law, "v", label, SPEC, 1.0, "none").double()
-    result = elbo_of_data(model, torch.arange(16)[:, None].repeat(40, 1), times=512)
+    result = elbo_of_data(model, torch.arange(16)[:, None].repeat(40, 1), times=512, dequantization="none")
     figures = result.per_sample.reshape(40, 16)
     error = figures.std(0) / math.sqrt(40)
     gap = figures.mean(0) + p.log2()
@@ -250,6 +250,25 @@ def test_a_sample_does_not_know_its_batch_mates(law):
     torch.testing.assert_close(alone.standard_error[0], together.standard_error[3])
 
 
+def test_integers_dequantized_uniformly():
+    """The bound of the density at k + u is on average that of the density itself, for an exact score."""
+    law = VPSDE(t_min=1e-4)
+
+    class Exact(torch.nn.Module):
+        def forward(self, x, label):
+            return LINE.reverse(law)(x, law.knot(label, ndim=x.ndim)).v
+
+    model = ScoreModel(Exact(), law, "v", "time", SPEC, 1.0, "none").double()
+    k = torch.tensor([[5], [12]]).repeat(300, 1)
+    result = elbo_of_data(model, k, times=256)
+    assert "dequantized uniformly" in result.what
+    u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
+    want = -LINE.log_prob(SPEC.encode(k[:2], u, dtype=torch.float64).reshape(-1, 1)).reshape(2, -1).mean(1)
+    want = (want + math.log(SPEC.scale)) / math.log(2)
+    figures = result.per_sample.reshape(300, 2)
+    assert ((figures.mean(0) - want).abs() < 4 * figures.std(0) / math.sqrt(300) + 0.005).all()
+
+
 def test_data_sets_are_whole_and_in_bits():
     spec = DataSpec((2,), shift=1.0, scale=2.0)
     law = VPSDE(t_min=1e-4)
@@ -282,5 +301,8 @@ def test_bad_arguments_are_refused():
         elbo(MIXTURE, x)
     with pytest.raises(ValueError, match="NaN"):
         elbo(rev, x * math.nan)
+    model = ScoreModel(torch.nn.Identity(), VPSDE(), "v", "time", SPEC, 1.0, "none")
+    with pytest.raises(ValueError, match="auto, none or uniform"):
+        elbo_of_data(model, torch.zeros(2, 1, dtype=torch.int64), dequantization="normal")
     with pytest.raises(ValueError, match="log variance like x"):
         elbo(MIXTURE.reverse(VPSDE().discretize(50)), x, variance=lambda v, k: v[:, 0])
