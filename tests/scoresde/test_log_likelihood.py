@@ -175,6 +175,24 @@ def test_fixed_steps_converge_to_the_exact_density(name):
     assert errors[1] < errors[0] / 50 and errors[1] < 2e-3, errors
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAWS)
+def test_adaptive_steps_reach_1e_6_nats_in_192_dimensions(name):
+    """The same Gaussian, exact trace, terminal density given: log p at t_min to 1e-6 nats."""
+    sde, data = LAWS[name], spectrum(192)
+    x = data.sample(2, torch.Generator().manual_seed(1), torch.float64) * sde.alpha(sde.t_min)
+    result = log_likelihood(
+        data.reverse(sde),
+        x,
+        tol=1e-7,
+        divergence="exact",
+        doubling=False,
+        chunk=64,
+        prior=lambda z: data.log_prob(z, sde.knot(sde.t_max)),
+    )
+    torch.testing.assert_close(result.log_prob, data.log_prob(x, sde.knot(sde.t_min)), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_the_quadrature_is_of_fourth_order(sigma_data):
     """On a function whose integral over the angle is known, with and without an end at alpha = 0."""
@@ -462,6 +480,30 @@ def test_a_failing_sample_on_fixed_steps_costs_itself_only():
     assert result.status[0] == Status.NON_FINITE and result.status[1] != Status.NON_FINITE
     assert math.isnan(result.log_prob[0]) and math.isfinite(result.log_prob[1])
     assert "sample 0" in result.message and "t = 0.5" in result.message
+
+
+def test_a_device_that_is_too_small_says_what_to_change():
+    def hungry(v, t):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    with pytest.raises(MemoryError, match="batch_rows"):
+        log_likelihood(VPSDE().reverse(score=hungry), torch.zeros(2, 20), steps=8)
+
+
+@pytest.mark.gpu
+def test_tf32_is_as_asked_and_as_it_was(device):
+    seen = []
+
+    def score(v, t):
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return -v
+
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    for tf32, precision in ((False, "highest"), (True, "high")):
+        result = log_likelihood(VPSDE().reverse(score=score), torch.zeros(2, 20, device=device), steps=8, tf32=tf32)
+        assert seen[-1] == (tf32, precision)
+        assert (result.precision > 1e-3).all() == tf32
+    assert before == (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
 
 
 def test_without_the_check_nothing_is_looked_at():
