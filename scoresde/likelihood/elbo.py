@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from scoresde.likelihood.dequantization import AUTO
 from scoresde.score_model import DataSpec, ScoreModel
-from sde_lib import SDE, Chain, Knot, Prediction, ReverseSDE
+from sde_lib import SDE, Chain, Knot, NoisePrediction, Prediction, ReverseSDE, ScorePrediction
 from sde_lib._checks import check_positive, check_state
 from solvers import PerSample
 from solvers.noise import Draw, Rng, as_draw
@@ -85,13 +85,14 @@ def elbo(
     Args:
         rev: reverse SDE, or of a chain.
         x: data in model units, (B, *D); the middles of the bins, ``data_spec.encode(data)``, for integers.
-        times: network evaluations of the path per sample, even; on a chain None, or at least its number of steps,
-            takes every level once.
-        draws: noise draws of the decoder on an SDE, >= 2.
+        times: network evaluations of the path per sample, even; on a chain at most so many, two in each cell of equal
+            range in lambda, and None, or at least its number of steps, takes every level once.
+        draws: noise draws of the decoder, >= 2.
         data_spec: with levels: bound -log P of the integers instead of -log p.
         variance: of the chain's steps: "small", the posterior's own; "large", that of the forward step; or learned, a
-            function (x, knot) -> log variance like x. At level 0, where the posterior has none, the first two take
-            level 1's (Nichol & Dhariwal 2021, arXiv:2102.09672).
+            function (x, knot) -> log variance like x. At level 0, where the posterior has none, "small" takes level
+            1's, and so does "large" for integers (Nichol & Dhariwal 2021, arXiv:2102.09672); for densities "large"
+            stays that of the forward step, with which the bound of a growing chain tends to that of the SDE.
         control_variate: take :math:`c^2 (\|\epsilon\|^2 - D)`, whose mean is zero, off every squared error of the
             noise, with c the error's share of the noise for Gaussian data: the same expectation with less scatter. Not
             used with a learned variance, which may depend on the noise.
@@ -122,15 +123,31 @@ def elbo(
     if not isinstance(batch_rows, int) or batch_rows < 1:
         raise ValueError(f"`batch_rows` must be an int >= 1, got {batch_rows!r}.")
     levels = data_spec if data_spec is not None and data_spec.levels is not None else None
+    if levels is not None:
+        _check_middles(levels, x)
+    last = rev.law.levels[-1] if isinstance(rev.law, Chain) else None
+    if last is not None and last.alpha == 0.0 and isinstance(rev.parameterization, NoisePrediction | ScorePrediction):
+        raise ValueError("At alpha = 0 the noise says nothing about the data: use a data, v, flow or edm model.")
     check_positive("sigma_data", sigma_data)
     share = sigma_data if control_variate and isinstance(variance, str) else 0.0
     rev = rev.given(**condition) if condition else rev
     run = _Run(rev, x.detach(), as_draw(rng, x.detach()), levels, share, batch_rows)
     with torch.no_grad():
         if isinstance(rev.law, Chain):
-            return _of_chain(run, rev.law, times, variance)
+            return _of_chain(run, rev.law, times, draws, variance)
         assert isinstance(rev.law, SDE) and times is not None
         return _of_sde(run, rev.law, times, draws)
+
+
+def _check_middles(spec: DataSpec, x: Tensor) -> None:
+    """Raise unless x are the middles of bins."""
+    k = x.double() * spec.scale + spec.shift - 0.5
+    assert spec.levels is not None
+    if bool(((k - k.round()).abs() > 0.02).any()) or bool((k.round() < 0).any() | (k.round() >= spec.levels).any()):
+        raise ValueError(
+            f"With {spec.levels} levels `x` must be the middles of the bins, data_spec.encode(data): these are other "
+            "values (dequantized, or scaled otherwise?)."
+        )
 
 
 @dataclass
@@ -154,9 +171,11 @@ class _Run:
         """(eps - eps_hat)^2 less its control variate, float64."""
         return (prediction.noise - noise).double().square() - self.scatter(prediction.knot, noise)
 
-    def uniform(self, *key: Any) -> Tensor:
-        """(B,) in [0, 1), float64."""
-        return torch.special.ndtr(self.draw.normal(*key).reshape(len(self.x), -1)[:, 0].double()).clamp(max=1 - 1e-12)
+    def uniform(self, j: int) -> Tensor:
+        """The j-th uniform numbers, (B,) in [0, 1), float64; a draw of the state's shape holds D of them."""
+        d = self.x[0].numel()
+        normal = self.draw.normal("time", j // d).reshape(len(self.x), -1)[:, j % d]
+        return torch.special.ndtr(normal.double()).clamp(max=1 - 1e-12)
 
     def at(self, places: list[Tensor], *key: Any) -> Iterator[tuple[slice, Tensor, Prediction]]:
         """Predictions at alpha x + sigma eps for times or levels (B,), in batches: (which, eps, prediction)."""
@@ -168,7 +187,13 @@ class _Run:
             rows = torch.arange(b, device=x.device).repeat(len(part))
             knot = law.knot(torch.cat(part), x.ndim)
             alpha, sigma = (torch.as_tensor(c).to(x.dtype) for c in (knot.alpha, knot.sigma))
-            yield slice(low, low + len(part)), noise, self.rev.select(rows)(alpha * x[rows] + sigma * noise, knot)
+            state = alpha * x[rows] + sigma * noise
+            found = [
+                self.rev.select(rows[r])(state[r], knot.select(r))
+                for r in torch.arange(len(rows), device=x.device).split(self.batch_rows)
+            ]
+            raw = torch.cat([prediction.raw for prediction in found])
+            yield slice(low, low + len(part)), noise, Prediction(state, knot, raw, found[0].parameterization)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -199,7 +224,7 @@ def _of_sde(run: _Run, law: SDE, times: int, draws: int) -> Bound:
     width = span / (times // 2)
     places = []
     for j in range(times):
-        lam = float(last.half_log_snr) + width * (j // 2 + run.uniform("time", j))
+        lam = float(last.half_log_snr) + width * (j // 2 + run.uniform(j))
         places.append(torch.as_tensor(law.time_at(lam)).clamp(law.t_min, law.drift_t_max))
     errors = torch.empty(times, b, dtype=torch.float64, device=x.device)
     for which, noise, prediction in run.at(places, "noise"):
@@ -246,43 +271,51 @@ def _softmax(spec: DataSpec, y: Tensor, x: Tensor, std: float) -> Tensor:
 # --- a chain ---------------------------------------------------------------------------------------------------------
 
 
-def _of_chain(run: _Run, chain: Chain, times: int | None, variance: Variance) -> Bound:
-    x, b, n = run.x, len(run.x), chain.n - 1  # steps between levels
+def _of_chain(run: _Run, chain: Chain, times: int | None, draws: int, variance: Variance) -> Bound:
+    x, b = run.x, len(run.x)
     zero = torch.zeros(b, dtype=torch.int64, device=x.device)
+    cells = [[i] for i in range(1, chain.n)] if times is None else _cells(chain, times // 2)
     steps = []
-    if times is None:
-        steps = [zero + i for i in range(1, chain.n)]
-    else:
-        for j in range(times):
-            low, high = ((j // 2 + k) * n // (times // 2) for k in (0, 1))
-            steps.append(1 + low + (run.uniform("time", j) * (high - low)).long().clamp(max=high - low - 1))
+    for j in range(len(cells) * (1 if times is None else 2)):
+        cell = cells[j if times is None else j // 2]
+        inside = (run.uniform(j) * len(cell)).long().clamp(max=len(cell) - 1) if len(cell) > 1 else zero
+        steps.append(cell[0] + inside)
     kl = torch.empty(len(steps), b, dtype=torch.float64, device=x.device)
     for which, noise, prediction in run.at(steps, "noise"):
-        kl[which] = _step_kl(chain, prediction, run.squared_error(prediction, noise), variance).reshape(-1, b)
+        kl[which] = _step_kl(run, chain, prediction, noise, variance).reshape(-1, b)
     if times is None:
         diffusion = kl.sum(0)
-        # neighbouring levels cost nearly the same: half the squared difference is the noise of one, or a little more
-        spread = 0.5 * (kl[1:] - kl[:-1]).square().sum(0)
+        # second differences: the noise of a level without the trend between its neighbours
+        spread = (kl[2:] - 2.0 * kl[1:-1] + kl[:-2]).square().sum(0) / 6.0
+        spread = spread * (len(kl) / max(1, len(kl) - 2)) if len(kl) > 2 else torch.full_like(diffusion, math.nan)
     else:
         pairs = kl.reshape(-1, 2, b)
-        cells = torch.tensor([(j + 1) * n // (times // 2) - j * n // (times // 2) for j in range(times // 2)])
-        cells = cells.to(kl)[:, None]
-        diffusion = (cells * pairs.mean(1)).sum(0)
-        spread = (cells * (pairs[:, 0] - pairs[:, 1])).square().sum(0) / 4.0
-    ((_, noise, cleanest),) = run.at([zero], "decoder")
-    decoded = _decoded(chain, cleanest, x, variance, run.levels)
-    if run.levels is None:
-        precision = torch.exp(-_log_variance(chain, cleanest, variance))
-        ratio = float(cleanest.knot.sigma.flatten()[0] / cleanest.knot.alpha.flatten()[0])  # type: ignore[union-attr]
-        decoded = decoded + 0.5 * ratio**2 * precision * run.scatter(cleanest.knot, noise)
-    reconstruction = -_sum(decoded)
+        sizes = torch.tensor([float(len(cell)) for cell in cells], dtype=kl.dtype, device=kl.device)[:, None]
+        diffusion = (sizes * pairs.mean(1)).sum(0)
+        spread = (sizes * (pairs[:, 0] - pairs[:, 1])).square().sum(0) / 4.0
+    decoded = torch.empty(draws, b, dtype=torch.float64, device=x.device)
+    for which, noise, prediction in run.at([zero] * draws, "decoder"):
+        decoded[which] = -_sum(_decoded(run, chain, prediction, noise, variance)).reshape(-1, b)
     prior = _prior(x, chain.levels[-1], chain.prior_std)
     of = "-log P of the integers" if run.levels else "-log p"
     what = f"variational bound on {of} of a chain of {chain.n} steps"
-    return _bound(run, (reconstruction, diffusion, prior), spread, len(steps) + 1, what)
+    spread = spread + decoded.var(0) / draws
+    return _bound(run, (decoded.mean(0), diffusion, prior), spread, len(steps) + draws, what)
 
 
-def _log_variance(chain: Chain, prediction: Prediction, variance: Variance) -> Tensor:
+def _cells(chain: Chain, count: int) -> list[list[int]]:
+    """The levels from 1 up in at most `count` cells of equal range in lambda: near the data a cell holds one level."""
+    lams = [float(level.half_log_snr) for level in chain.levels]
+    if math.isinf(lams[-1]):  # alpha = 0
+        lams[-1] = 2.0 * lams[-2] - lams[-3] if len(lams) > 2 else lams[0] - 1.0
+    cells: dict[int, list[int]] = {}
+    for i in range(1, chain.n):
+        place = (lams[0] - lams[i]) / (lams[0] - lams[-1])
+        cells.setdefault(max(0, math.ceil(place * count - 1e-9) - 1), []).append(i)
+    return list(cells.values())
+
+
+def _log_variance(run: _Run, chain: Chain, prediction: Prediction, variance: Variance) -> Tensor:
     """Of the model's step from the prediction's level, shaped to go with the state, float64."""
     knot, x = prediction.knot, prediction.x
     if not isinstance(variance, str):
@@ -291,38 +324,48 @@ def _log_variance(chain: Chain, prediction: Prediction, variance: Variance) -> T
             raise ValueError(f"`variance` must return a log variance like x, {tuple(x.shape)}, got {learned.shape}.")
         return learned.double()
     index = torch.as_tensor(knot.label)
-    table = chain.posterior_std if variance == "small" else chain.betas.sqrt()
-    table = torch.cat([chain.posterior_std[1:2], table[1:]])  # no step to the data has a posterior variance
-    return 2.0 * table.to(x.device)[index].log()
+    if variance == "small":
+        table = torch.cat([chain.posterior_std[1:2].square(), chain.posterior_std[1:].square()])
+    elif run.levels is None:
+        table = chain.betas
+    else:
+        table = torch.cat([chain.posterior_std[1:2].square(), chain.betas[1:]])
+    return table.to(x.device)[index].log()
 
 
-def _step_kl(chain: Chain, prediction: Prediction, square: Tensor, variance: Variance) -> Tensor:
-    """KL of the posterior of the step from the prediction's level against the model's, (rows,).
+def _square(run: _Run, prediction: Prediction, noise: Tensor) -> Tensor:
+    """(x - x_hat)^2 less its control variate, float64; x_hat - x = (sigma / alpha) (eps - eps_hat)."""
+    knot, repeat = prediction.knot, len(prediction.x) // len(run.x)
+    x = run.x.repeat(repeat, *[1] * (run.x.ndim - 1)).double()
+    alpha, sigma = torch.as_tensor(knot.alpha).double(), torch.as_tensor(knot.sigma).double()
+    ratio = torch.where(alpha > 0, sigma / alpha, 0.0).to(x.device)
+    return (x - prediction.data.double()).square() - ratio.square() * run.scatter(knot, noise)
 
-    Their means differ by c_0 (x_hat - x) = c_0 (sigma / alpha) (eps - eps_hat), whose square comes from `square`.
-    """
-    knot = prediction.knot
-    index = torch.as_tensor(knot.label)
-    weight, std = (table.to(square.device)[index] for table in (chain.posterior_x_0, chain.posterior_std))
-    log_model, log_true = _log_variance(chain, prediction, variance), 2.0 * std.log()
-    off = (weight * torch.as_tensor(knot.sigma / knot.alpha)).square() * square
+
+def _step_kl(run: _Run, chain: Chain, prediction: Prediction, noise: Tensor, variance: Variance) -> Tensor:
+    """KL of the posterior of the step from the prediction's level against the model's, (rows,)."""
+    index = torch.as_tensor(prediction.knot.label)
+    weight, std = (table.to(noise.device)[index] for table in (chain.posterior_x_0, chain.posterior_std))
+    log_model, log_true = _log_variance(run, chain, prediction, variance), 2.0 * std.log()
+    off = weight.square() * _square(run, prediction, noise)
     terms = log_model - log_true - 1.0 + torch.exp(log_true - log_model) + off * torch.exp(-log_model)
-    return 0.5 * _sum(terms.expand_as(square))
+    return 0.5 * _sum(terms.expand_as(off))
 
 
-def _decoded(
-    chain: Chain, prediction: Prediction, x: Tensor, variance: Variance, levels: DataSpec | None
-) -> Tensor:
+def _decoded(run: _Run, chain: Chain, prediction: Prediction, noise: Tensor, variance: Variance) -> Tensor:
     """log p(x | x_0) per element: of the density, or of the bin whose middle is x."""
-    mean, x = prediction.data.double(), x.double()
-    std = torch.exp(0.5 * _log_variance(chain, prediction, variance)).expand_as(mean)
-    if levels is None:
-        return -0.5 * ((x - mean) / std).square() - std.log() - 0.5 * math.log(2.0 * math.pi)
-    assert levels.levels is not None
-    half, k = 0.5 / levels.scale, (x * levels.scale + levels.shift).floor()
+    log_variance = _log_variance(run, chain, prediction, variance)
+    if run.levels is None:
+        square = _square(run, prediction, noise)
+        return -0.5 * (square * torch.exp(-log_variance) + log_variance + math.log(2.0 * math.pi))
+    spec, mean = run.levels, prediction.data.double()
+    x = run.x.repeat(len(mean) // len(run.x), *[1] * (run.x.ndim - 1)).double()
+    std = torch.exp(0.5 * log_variance).expand_as(mean)
+    assert spec.levels is not None
+    half, k = 0.5 / spec.scale, (x * spec.scale + spec.shift).floor()
     low, high = (x - half - mean) / std, (x + half - mean) / std
     low = torch.where(k <= 0, -math.inf, low)
-    high = torch.where(k >= levels.levels - 1, math.inf, high)
+    high = torch.where(k >= spec.levels - 1, math.inf, high)
     # both ends on the side where the tail is small: a difference of numbers near one would lose it
     flip = low > 0
     low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
