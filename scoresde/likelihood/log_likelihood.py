@@ -202,7 +202,7 @@ def log_likelihood(
         sigma_data: standard deviation of the data in model units, for the coordinate.
         solver: of the trajectory on the fixed grid: any deterministic one; by default the multistep method of order 5
             in the flow prediction, which was measured best (``benchmarks/likelihood.py``).
-        grid: a grid or its name; ``Blended(mix=0.3)`` by default.
+        grid: a grid or its name; ``Blended(mix=0.15)`` by default.
         joint: take the divergence in the calls the solver makes at the knots (default where it makes just these), or
             after the trajectory, several knots per call.
         chunk: products of the exact trace taken together; 1 for networks that `torch.vmap` cannot differentiate.
@@ -419,7 +419,7 @@ def _fixed(
     solver = (solver or Multistep(4, 5, prediction="flow", starter="ramp")).on(setup.law)
     if solver.stochastic or solver.adaptive:
         raise ValueError(f"The trajectory needs a deterministic solver with fixed steps, got {solver}.")
-    grid = Blended(mix=0.3, sigma_data=setup.sigma_data) if grid is None else grid
+    grid = Blended(mix=0.15, sigma_data=setup.sigma_data) if grid is None else grid
     calls_at_knots = solver.nfe_per_step - solver.shares_calls == 1
     if joint and not calls_at_knots:
         raise ValueError(f"{type(solver).__name__} calls the network between the knots too: use joint=False.")
@@ -549,9 +549,9 @@ class _Sums:
         status = torch.zeros(b, dtype=torch.int64, device=log_prob.device)
         message = ""
         if self.changes:
-            # halving the steps must matter less the second time, unless it does not matter any more
+            # halving the steps must matter less than half as much the second time, unless it matters no more
             floor = 0.01 + 1e-3 * d * math.log(2.0) + precision
-            status = torch.where((last > before) & (last > floor), int(Status.NOT_CONVERGED), status)
+            status = torch.where((2.0 * last > before) & (last > floor), int(Status.NOT_CONVERGED), status)
         finite = torch.isfinite(log_prob.detach())
         status = torch.where(finite, status, int(Status.NON_FINITE))
         nfe, vjps = (torch.as_tensor(v).expand(b) for v in (self.nfe, self.vjps))
