@@ -243,10 +243,14 @@ def log_likelihood(
         steps = STEPS if steps is None else steps
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 4 or (doubling and steps % 4):
             raise ValueError(f"`steps` must be a multiple of 4 (an int >= 4 without doubling), got {steps!r}.")
-        result = _fixed(setup, x, steps, draw, solver, grid, joint, batch_rows, differentiable, check, keep)
-        if target_se is None:
-            return result
-        return result.refine(target_se=target_se)
+        if target_se is not None and (differentiable or not check):
+            raise ValueError("`target_se` looks at the results: it does not go with `differentiable` or check=False.")
+        stored = keep or target_se is not None
+        result = _fixed(setup, x, steps, draw, solver, grid, joint, batch_rows, differentiable, check, stored)
+        if target_se is not None:
+            result = result.refine(target_se=target_se)
+            result._path = result._path if keep else None
+        return result
 
 
 def _check(
@@ -553,6 +557,7 @@ class _Sums:
             floor = 0.01 + 1e-3 * d * math.log(2.0) + precision
             status = torch.where((2.0 * last > before) & (last > floor), int(Status.NOT_CONVERGED), status)
         finite = torch.isfinite(log_prob.detach())
+        log_prob = torch.where(finite, log_prob, math.nan)
         status = torch.where(finite, status, int(Status.NON_FINITE))
         nfe, vjps = (torch.as_tensor(v).expand(b) for v in (self.nfe, self.vjps))
         terms = [value.detach() for value in values]

@@ -274,6 +274,19 @@ def test_processes_share_the_work(tmp_path):
     torch.testing.assert_close(again.per_sample, alone.per_sample)
 
 
+def test_a_target_for_the_noise_of_the_traces():
+    """Options go through to `log_likelihood`: here more probes until every sample is below the target."""
+    g = torch.Generator().manual_seed(0)
+    root = torch.randn(20, 20, generator=g, dtype=torch.float64) / 6
+    data = GaussianMixture(torch.zeros(1, 20), covariances=(root @ root.T + 0.02 * torch.eye(20))[None])
+    model = model_of(data, DataSpec.integers((20,), 16))
+    counts = torch.full((4, 20), 8)
+    plain = bits_per_dim(model, counts, steps=16)
+    fine = bits_per_dim(model, counts, steps=16, target_se=0.3)
+    assert float(plain.trace_se.max()) * 20 * math.log(2) > 0.3 >= float(fine.trace_se.max()) * 20 * math.log(2)
+    assert (fine.vjps > plain.vjps).all()
+
+
 def test_the_summary_says_what_the_figure_is():
     spec = DataSpec.integers((2,), 5)
     data = GaussianMixture([[-0.4, 0.1], [0.5, 0.2]], std=[0.3, 0.2])
