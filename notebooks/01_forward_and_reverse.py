@@ -192,7 +192,7 @@ print(f"network evaluations per sample: {result.nfe.float().mean():.0f}")
 side = torch.linspace(-1.8, 1.8, 60)
 points = torch.cartesian_prod(side, side)
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.2))
-learned = scoresde.log_likelihood(model.reverse(), points, divergence="exact", rtol=1e-3, atol=1e-3, sigma_data=0.7)
+learned = scoresde.log_likelihood(model.reverse(), points, divergence="exact", sigma_data=0.7)
 panels = {"truth": toy.log_prob(points.double(), knot), "model, by the ODE": learned.log_prob}
 for axis, (name, log_p) in zip(axes[:2], panels.items(), strict=True):
     axis.imshow(log_p.exp().reshape(60, 60).T, origin="lower", extent=(-1.8, 1.8, -1.8, 1.8), cmap="Blues")

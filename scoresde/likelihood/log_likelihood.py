@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from scoresde.likelihood.divergence import CHUNK, check_trace_options, is_exact, value_and_traces
@@ -83,7 +82,9 @@ class Likelihood:
         """Half width of the confidence interval for the noise of the trace: t-quantile times standard error, (B,)."""
         if not 0 < confidence < 1:
             raise ValueError(f"`confidence` must lie in (0, 1), got {confidence!r}.")
-        quantile = stats.t.ppf(0.5 + confidence / 2, self.trace_dof.clamp(max=1e9).numpy())
+        from scipy.special import stdtrit  # here: `import scoresde` stays light
+
+        quantile = stdtrit(self.trace_dof.clamp(max=1e9).numpy(), 0.5 + confidence / 2)
         return torch.as_tensor(quantile, dtype=torch.float64) * self.trace_se
 
     def error(self, confidence: float = 0.95) -> Tensor:
