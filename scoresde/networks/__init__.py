@@ -11,9 +11,10 @@ from torch import nn
 
 from scoresde.networks.embeddings import FourierEmbedding, SinusoidalEmbedding
 from scoresde.networks.mlp import MLP
+from scoresde.networks.ncsnpp import NCSNpp
 from scoresde.networks.unet import UNet
 
-NETWORKS: Mapping[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet}
+NETWORKS: Mapping[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet, "ncsnpp": NCSNpp}
 """Name -> class. A new network is one file and one line here."""
 
-__all__ = ["MLP", "NETWORKS", "FourierEmbedding", "SinusoidalEmbedding", "UNet"]
+__all__ = ["MLP", "NETWORKS", "FourierEmbedding", "NCSNpp", "SinusoidalEmbedding", "UNet"]
