@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
+SLOW = ("02_comparing_solvers", "04_likelihood_of_digits")
+"""Those that train networks on images for minutes."""
 
 
 @pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda p: p.stem)
@@ -25,7 +27,9 @@ def test_the_stored_notebook_is_its_source_with_outputs(source):
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "source", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW), id=p.stem) for p in NOTEBOOKS]
+)
 def test_the_notebook_holds_what_it_claims(source, tmp_path):
     """Run as a script: every cell, every assertion, in a process of its own."""
     done = subprocess.run(

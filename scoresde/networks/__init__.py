@@ -2,7 +2,8 @@
 
 `label` is what the score model's label map makes of the time. `class_label` is an int64 tensor (B,);
 `num_classes`, one past the last class, is the null token, and None means null for every row. Rows never see each
-other. Constructors take `shape` (D) and `num_classes` from the data; every other option has a JSON-able default.
+other. Constructors take `shape` (D) and `num_classes` from the data; every other option has a JSON-able default. A
+network whose attribute `learned_variance` is true returns twice the channels; the second half says a variance.
 """
 
 from collections.abc import Mapping
@@ -11,10 +12,10 @@ from torch import nn
 
 from scoresde.networks.embeddings import FourierEmbedding, SinusoidalEmbedding
 from scoresde.networks.mlp import MLP
-from scoresde.networks.ncsnpp import NCSNpp
+from scoresde.networks.presets import ADM, DDPM, NCSNpp
 from scoresde.networks.unet import UNet
 
-NETWORKS: Mapping[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet, "ncsnpp": NCSNpp}
+NETWORKS: Mapping[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet, "ncsnpp": NCSNpp, "ddpm": DDPM, "adm": ADM}
 """Name -> class. A new network is one file and one line here."""
 
-__all__ = ["MLP", "NETWORKS", "FourierEmbedding", "NCSNpp", "SinusoidalEmbedding", "UNet"]
+__all__ = ["ADM", "DDPM", "MLP", "NETWORKS", "FourierEmbedding", "NCSNpp", "SinusoidalEmbedding", "UNet"]

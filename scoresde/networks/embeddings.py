@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 EMBEDDINGS = ("sinusoidal", "fourier")
+CLASS_ENTRIES = ("condition", "features")
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -76,10 +77,11 @@ class FourierEmbedding(nn.Module):
 
 
 class Condition(nn.Module):
-    """Label of the time, and the class if there are any, as one vector for all blocks.
+    """Label of the time, the class and the augmentation if there are any, as one vector for all blocks.
 
-    The class table has one row more than there are classes: index `num_classes` is the null token of
-    classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), and what `class_label=None` stands for.
+    features -> linear -> silu -> linear -> silu. The class table has one row more than there are classes: index
+    `num_classes` is the null token of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598), and what
+    `class_label=None` stands for.
 
     Args:
         width: number of features of the result.
@@ -87,9 +89,14 @@ class Condition(nn.Module):
         embedding: "sinusoidal" or "fourier".
         max_period: see `SinusoidalEmbedding`.
         fourier_scale: see `FourierEmbedding`.
+        features: number of features of the label's embedding; `width` by default.
+        class_entry: "condition": the class is added after the second linear map (Dhariwal & Nichol 2021); "features":
+            to the label's features (Karras et al. 2022).
+        augmentations: number of augmentation parameters, added to the features by a linear map without bias; none given
+            counts as zeros: no augmentation (Karras et al. 2022, F.2).
 
     Raises:
-        ValueError: for an unknown `embedding` or a negative `num_classes`.
+        ValueError: for an unknown `embedding` or `class_entry`, or a negative number of classes or augmentations.
     """
 
     def __init__(
@@ -99,40 +106,66 @@ class Condition(nn.Module):
         embedding: str = "sinusoidal",
         max_period: float = 10000.0,
         fourier_scale: float = 16.0,
+        features: int | None = None,
+        class_entry: str = "condition",
+        augmentations: int = 0,
     ) -> None:
         super().__init__()
         if num_classes < 0:
             raise ValueError(f"`num_classes` must be >= 0, got {num_classes}.")
+        if augmentations < 0:
+            raise ValueError(f"`augmentations` must be >= 0, got {augmentations}.")
+        if class_entry not in CLASS_ENTRIES:
+            raise ValueError(f"`class_entry` must be one of {', '.join(CLASS_ENTRIES)}, got {class_entry!r}.")
+        features = width if features is None else features
         if embedding == "sinusoidal":
-            self.label: nn.Module = SinusoidalEmbedding(width, max_period)
+            self.label: nn.Module = SinusoidalEmbedding(features, max_period)
         elif embedding == "fourier":
-            self.label = FourierEmbedding(width, fourier_scale)
+            self.label = FourierEmbedding(features, fourier_scale)
         else:
             raise ValueError(f"`embedding` must be one of {', '.join(EMBEDDINGS)}, got {embedding!r}.")
-        self.num_classes = num_classes
-        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
-        self.classes = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.num_classes, self.class_entry, self.augmentations = num_classes, class_entry, augmentations
+        self.first, self.second = nn.Linear(features, width), nn.Linear(width, width)
+        entry = width if class_entry == "condition" else features
+        self.classes = nn.Embedding(num_classes + 1, entry) if num_classes else None
+        self.augment = nn.Linear(augmentations, features, bias=False) if augmentations else None
 
-    def forward(self, label: Tensor, class_label: Tensor | None = None) -> Tensor:
-        """Label (B,) and class (B,) -> (B, width).
+    def forward(self, label: Tensor, class_label: Tensor | None = None, augment_label: Tensor | None = None) -> Tensor:
+        """Label (B,), class (B,), augmentation parameters (B, augmentations) -> (B, width).
 
         Raises:
-            ValueError: if a class is given to a network without classes, or its shape is not (B,).
+            ValueError: for a class or an augmentation given to a network without, or of the wrong shape.
         """
-        h = self.first(self.label(label).to(self.first.weight.dtype))
+        h = self.label(label).to(self.first.weight.dtype)
+        if augment_label is not None:
+            wanted = (len(label), self.augmentations)
+            if self.augment is None or augment_label.shape != wanted:
+                raise ValueError(
+                    f"`augment_label` must have shape {wanted}, got {tuple(augment_label.shape)}."
+                    if self.augment is not None
+                    else "This network was built without augmentations: call it without `augment_label`."
+                )
+            h = h + self.augment(augment_label.to(h.dtype))
+        classes = self._classes(label, class_label)
+        if classes is not None and self.class_entry == "features":
+            h = h + classes
+        h = self.second(nn.functional.silu(self.first(h)))
+        if classes is not None and self.class_entry == "condition":
+            h = h + classes
+        # the final activation is shared by every block, so each block needs one linear map only
+        return nn.functional.silu(h)
+
+    def _classes(self, label: Tensor, class_label: Tensor | None) -> Tensor | None:
         if self.classes is None:
             if class_label is not None:
                 raise ValueError("This network was built without classes: call it without `class_label`.")
-        else:
-            if class_label is None:
-                class_label = torch.full_like(label, self.num_classes, dtype=torch.int64)
-            if class_label.shape != label.shape:
-                raise ValueError(
-                    f"`class_label` must have shape {tuple(label.shape)}, got {tuple(class_label.shape)}."
-                )
-            h = h + self.classes(class_label)
-        # the final activation is shared by every block, so each block needs one linear map only
-        return nn.functional.silu(self.second(nn.functional.silu(h)))
+            return None
+        if class_label is None:
+            class_label = torch.full_like(label, self.num_classes, dtype=torch.int64)
+        if class_label.shape != label.shape:
+            raise ValueError(f"`class_label` must have shape {tuple(label.shape)}, got {tuple(class_label.shape)}.")
+        found: Tensor = self.classes(class_label)
+        return found
 
 
 def zeroed(module: nn.Module) -> nn.Module:

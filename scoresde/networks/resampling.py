@@ -34,18 +34,18 @@ def upsample(x: Tensor, fir: bool) -> Tensor:
 class DownConv(nn.Module):
     """A 3 x 3 convolution at every second pixel, after the filter or without it.
 
-    Without, the image is padded at its lower and right edges only, as in DDPM (Ho et al. 2020).
+    Without, the image is padded on all sides, or at its lower and right edges only (`end_padding`; Ho et al. 2020).
     """
 
-    def __init__(self, inputs: int, outputs: int, fir: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, fir: bool, end_padding: bool = False) -> None:
         super().__init__()
-        self.fir = fir
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride=2)
+        self.fir, self.end_padding = fir, end_padding
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=0 if fir or end_padding else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fir:
             x = F.conv2d(x, _kernel(x), padding=2, groups=x.shape[1])
-        else:
+        elif self.end_padding:
             x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
 

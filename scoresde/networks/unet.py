@@ -1,119 +1,90 @@
-"""A U-Net for images: residual blocks, group norm, attention, time and class conditioning."""
+"""The U-Net of this field, with the options in which the published ones differ."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from scoresde.networks.embeddings import Condition, check_count, check_dropout, zeroed
+from scoresde.networks.blocks import Attention, Combine, Outlet, ResidualBlock, Stage, conv, joined
+from scoresde.networks.embeddings import CLASS_ENTRIES, EMBEDDINGS, Condition, check_count, check_dropout
+from scoresde.networks.resampling import DownConv, UpConv, downsample, upsample
 
 CONDITIONINGS = ("scale_shift", "add")
+RESAMPLINGS = ("convolution", "block")
+PYRAMIDS = ("none", "skip", "residual")
+COMBINES = ("sum", "cat")
+UP_ATTENTIONS = ("every", "last")
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    """Group norm of at most 32 groups of at least four channels: statistics never cross samples."""
-    groups = min(32, max(1, channels // 4))
-    while channels % groups:
-        groups -= 1
-    return nn.GroupNorm(groups, channels, eps=1e-5)
+class Down(nn.Module):
+    """To half the resolution: the features, and the input pyramid that joins them."""
 
-
-class _Residual(nn.Module):
-    """norm-silu-conv twice, the time entering before the second; the last convolution starts at zero."""
-
-    def __init__(self, inputs: int, outputs: int, condition: int, dropout: float, conditioning: str) -> None:
+    def __init__(self, features: nn.Module, pyramid: nn.Module | None) -> None:
         super().__init__()
-        self.scale_shift = conditioning == "scale_shift"
-        self.norm1, self.conv1 = _norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.condition = nn.Linear(condition, 2 * outputs if self.scale_shift else outputs)
-        self.norm2 = _norm(outputs)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
-        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        c = self.condition(c)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = c.chunk(2, 1)
-            h = torch.addcmul(shift, self.norm2(h), 1.0 + scale)
-        else:
-            h = self.norm2(h + c)
-        return self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        self.features, self.pyramid = features, pyramid
 
 
-class _Attention(nn.Module):
-    """Self-attention over the pixels, as a residual branch that starts at zero."""
+class Level(nn.Module):
+    """One resolution on the way up: stages, the output pyramid, and the way to the next resolution."""
 
-    def __init__(self, channels: int, head_channels: int) -> None:
+    def __init__(
+        self, stages: list[nn.Module], enlarge: nn.Module | None, outlet: nn.Module | None, up: nn.Module | None
+    ) -> None:
         super().__init__()
-        self.heads = max(1, channels // head_channels)
-        while channels % self.heads:
-            self.heads -= 1
-        self.norm = _norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, height, width = x.shape
-        # (B, 3 C, H, W) -> three of (B, heads, H W, C / heads)
-        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, height * width).unbind(1)
-        h = F.scaled_dot_product_attention(q.mT, k.mT, v.mT)
-        return x + self.out(h.mT.reshape(b, c, height, width))
-
-
-class _Down(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
-
-
-class _Up(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class _Stage(nn.Module):
-    """One residual block, and attention where the resolution asks for it."""
-
-    def __init__(self, block: _Residual, attention: _Attention | None) -> None:
-        super().__init__()
-        self.block, self.attention = block, attention
-
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        x = self.block(x, c)
-        return x if self.attention is None else self.attention(x)
+        self.stages, self.enlarge, self.outlet, self.up = nn.ModuleList(stages), enlarge, outlet, up
 
 
 class UNet(nn.Module):
-    """Convolutional network with skip connections between equal resolutions.
+    r"""Residual blocks at several resolutions with skip connections between equal ones, told the time and the class.
 
-    ``forward(x, label, class_label=None)``: x (B, C, H, W), label (B,), class (B,) -> (B, C, H, W). Rows do not
-    see each other. The output starts at zero.
+    ``forward(x, label, class_label=None, augment_label=None)``: x (B, C, H, W), label (B,), class (B,), augmentation
+    parameters (B, augmentations) -> (B, C, H, W), or (B, 2 C, H, W) with a learned variance. Rows do not see each
+    other. The output starts at zero. `NCSNpp`, `DDPM` and `ADM` are this network with the options of those papers as
+    defaults.
 
-    Source: Ho et al. 2020 (structure); Dhariwal & Nichol 2021, arXiv:2105.05233 (scale-shift, heads of attention).
+    Source: Ho et al. 2020, arXiv:2006.11239 (structure); Song et al. 2021, arXiv:2011.13456, appendix H (filtered
+    resampling, rescaled sums, pyramids, after Karras et al. 2020, arXiv:1912.04958); Dhariwal & Nichol 2021,
+    arXiv:2105.05233 (scale-shift, heads of attention, resampling inside blocks); Karras et al. 2022, arXiv:2206.00364
+    (augmentation labels).
 
     Args:
         shape: (C, H, W); H and W divisible by 2^(levels - 1).
         num_classes: number of classes, 0 for none; index `num_classes` is the null token.
-        channels: features at full resolution, even.
+        channels: features at full resolution.
         multipliers: features of each level in units of `channels`; one level per entry, each half the size.
         blocks: residual blocks per level on the way down, and one more on the way up.
-        attention: heights of the feature maps that get self-attention; the middle has it if its height is named.
-        head_channels: features per attention head.
+        attention: heights of the feature maps with self-attention after the blocks.
+        middle_attention: whether the middle, at the lowest resolution, has it too.
+        head_channels: features per attention head; 0: one head.
         dropout: probability inside the residual blocks.
-        conditioning: "scale_shift" (the time scales and shifts after the norm) or "add" (added before it).
+        conditioning: "scale_shift" (the condition scales and shifts after the norm) or "add" (added before it).
         embedding: "sinusoidal" (labels of hundreds, such as 999 t) or "fourier" (labels of order one).
         max_period: longest wavelength of the sinusoidal embedding, in label units / 2 pi.
         fourier_scale: standard deviation of the Fourier embedding's frequencies.
+        features: of the label's embedding; 4 `channels` by default, the width of the condition.
+        class_entry: where the class enters, see `Condition`.
+        augmentations: number of augmentation parameters, see `Condition`.
+        resampling: "convolution": strided convolutions between the blocks; "block": inside residual blocks.
+        fir: resample with the filter [1, 3, 3, 1] instead of means and repetition.
+        end_padding: strided convolutions without filter pad the lower and right edges only (Ho et al. 2020).
+        project_skips: whether skips of blocks that resample have a 1 x 1 convolution.
+        rescale: divide sums of skip and branch by the root of two.
+        input_pyramid: "none"; "skip": the smaller image joins through a 1 x 1 convolution; "residual": a strided
+            convolution of the pyramid is added, and the sum goes on as pyramid.
+        output_pyramid: "none"; "skip": every level adds to an image that is enlarged; "residual": enlarged features
+            join.
+        combine: of the "skip" input pyramid: "sum" or "cat".
+        up_attention: on the way up after "every" block of a level, or after the "last".
+        norm_groups: groups of every norm; by default a quarter of the channels, at most 32.
+        norm_eps: added to the variance in norms.
+        learned_variance: a second output of C channels, from which chains take a variance (Nichol & Dhariwal 2021,
+            arXiv:2102.09672).
+        checkpointing: forget activations inside blocks and compute them again for gradients: less memory, about a
+            third more time.
 
     Raises:
         ValueError: for a shape that is not (C, H, W), sides that cannot be halved, or an option out of range.
@@ -127,30 +98,130 @@ class UNet(nn.Module):
         multipliers: Sequence[int] = (1, 2),
         blocks: int = 1,
         attention: Sequence[int] = (4,),
+        middle_attention: bool = True,
         head_channels: int = 32,
         dropout: float = 0.0,
         conditioning: str = "scale_shift",
         embedding: str = "sinusoidal",
         max_period: float = 10000.0,
         fourier_scale: float = 16.0,
+        features: int | None = None,
+        class_entry: str = "condition",
+        augmentations: int = 0,
+        resampling: str = "convolution",
+        fir: bool = False,
+        end_padding: bool = False,
+        project_skips: bool = True,
+        rescale: bool = False,
+        input_pyramid: str = "none",
+        output_pyramid: str = "none",
+        combine: str = "sum",
+        up_attention: str = "every",
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        learned_variance: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.shape = tuple(int(n) for n in shape)
         multipliers, attention = tuple(multipliers), tuple(attention)
+        self._check(multipliers, attention, channels, blocks, dropout, head_channels)
+        for name, value, known in (
+            ("conditioning", conditioning, CONDITIONINGS),
+            ("embedding", embedding, EMBEDDINGS),
+            ("class_entry", class_entry, CLASS_ENTRIES),
+            ("resampling", resampling, RESAMPLINGS),
+            ("input_pyramid", input_pyramid, PYRAMIDS),
+            ("output_pyramid", output_pyramid, PYRAMIDS),
+            ("combine", combine, COMBINES),
+            ("up_attention", up_attention, UP_ATTENTIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
+        data, height, _ = self.shape
+        levels, width = len(multipliers), 4 * channels
+        heights = [height >> i for i in range(levels)]
+        self.num_classes, self.fir, self.rescale, self.resampling = num_classes, fir, rescale, resampling
+        self.input_pyramid, self.output_pyramid = input_pyramid, output_pyramid
+        self.learned_variance, self.checkpointing = learned_variance, checkpointing
+        out = 2 * data if learned_variance else data
+        self.condition = Condition(
+            width, num_classes, embedding, max_period, fourier_scale, features, class_entry, augmentations
+        )
+
+        def block(inputs: int, outputs: int, resample: str = "") -> ResidualBlock:
+            scale_shift = conditioning == "scale_shift"
+            rest = (dropout, scale_shift, rescale, norm_groups, norm_eps, resample, fir, project_skips)
+            return ResidualBlock(inputs, outputs, width, *rest)
+
+        def attend(channels: int) -> Attention:
+            return Attention(channels, head_channels, rescale, norm_groups, norm_eps)
+
+        self.inlet = conv(data, channels)
+        self.down = nn.ModuleList()
+        skips, now, image = [channels], channels, data
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(blocks):
+                found = attend(multiplier * channels) if heights[level] in attention else None
+                self.down.append(Stage(block(now, multiplier * channels), found))
+                now = multiplier * channels
+                skips.append(now)
+            if level == levels - 1:
+                break
+            halved = block(now, now, "down") if resampling == "block" else DownConv(now, now, fir, end_padding)
+            pyramid: nn.Module | None = None
+            if input_pyramid == "skip":
+                pyramid = Combine(image, now, combine)
+                now = 2 * now if combine == "cat" else now
+            elif input_pyramid == "residual":
+                pyramid, image = DownConv(image, now, fir, end_padding), now
+            self.down.append(Down(halved, pyramid))
+            skips.append(now)
+        found = attend(now) if middle_attention else None
+        self.middle = nn.ModuleList([Stage(block(now, now), found), Stage(block(now, now))])
+        self.up = nn.ModuleList()
+        image = 0
+        for level in reversed(range(levels)):
+            stages: list[nn.Module] = []
+            for i in range(blocks + 1):
+                inputs, now = now + skips.pop(), multipliers[level] * channels
+                wanted = heights[level] in attention and (up_attention == "every" or i == blocks)
+                stages.append(Stage(block(inputs, now), attend(now) if wanted else None))
+            enlarge: nn.Module | None = None
+            outlet: nn.Module | None = None
+            if output_pyramid == "skip":
+                outlet = Outlet(now, out, norm_groups, norm_eps)
+            elif output_pyramid == "residual":
+                enlarge = UpConv(image, now, fir) if image else None
+                outlet = None if image else Outlet(now, now, norm_groups, norm_eps, 1.0)
+                image = now
+            larger: nn.Module | None = None
+            if level:
+                larger = block(now, now, "up") if resampling == "block" else UpConv(now, now, fir)
+            self.up.append(Level(stages, enlarge, outlet, larger))
+        self.outlet = None if output_pyramid == "skip" else Outlet(now, out, norm_groups, norm_eps)
+
+    def _check(
+        self,
+        multipliers: tuple[int, ...],
+        attention: tuple[int, ...],
+        channels: int,
+        blocks: int,
+        dropout: float,
+        head_channels: int,
+    ) -> None:
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ValueError(f"`shape` must be (C, H, W), all >= 1, got {self.shape}; use network 'mlp' for vectors.")
         if not multipliers:
             raise ValueError("`multipliers` must name at least one level, e.g. (1, 2).")
         check_count("channels", channels, 4)
         check_count("blocks", blocks)
-        check_count("head_channels", head_channels)
+        check_count("head_channels", head_channels, 0)
         check_dropout(dropout)
         for multiplier in multipliers:
             check_count("multipliers", multiplier)
-        if conditioning not in CONDITIONINGS:
-            raise ValueError(f"`conditioning` must be one of {', '.join(CONDITIONINGS)}, got {conditioning!r}.")
         levels, factor = len(multipliers), 2 ** (len(multipliers) - 1)
-        data_channels, height, width = self.shape
+        _, height, width = self.shape
         if height % factor or width % factor:
             raise ValueError(
                 f"{levels} levels halve the image {levels - 1} times: height and width must be multiples of {factor}, "
@@ -160,46 +231,49 @@ class UNet(nn.Module):
         for side in attention:
             if side not in heights:
                 raise ValueError(f"`attention` names height {side}; the feature maps here have heights {heights}.")
-        self.num_classes = num_classes
-        features = 4 * channels
-        self.condition = Condition(features, num_classes, embedding, max_period, fourier_scale)
 
-        def stage(inputs: int, outputs: int, level: int) -> _Stage:
-            block = _Residual(inputs, outputs, features, dropout, conditioning)
-            return _Stage(block, _Attention(outputs, head_channels) if heights[level] in attention else None)
+    def _run(self, module: nn.Module, h: Tensor, c: Tensor) -> Tensor:
+        if isinstance(module, DownConv | UpConv):
+            return module(h)
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, h, c, use_reentrant=False)
+        return module(h, c)
 
-        self.inlet = nn.Conv2d(data_channels, channels, 3, padding=1)
-        self.down = nn.ModuleList()
-        skips, now = [channels], channels
-        for level, multiplier in enumerate(multipliers):
-            for _ in range(blocks):
-                self.down.append(stage(now, multiplier * channels, level))
-                now = multiplier * channels
-                skips.append(now)
-            if level < levels - 1:
-                self.down.append(_Down(now))
-                skips.append(now)
-        self.middle = nn.ModuleList([stage(now, now, levels - 1), _Residual(now, now, features, dropout, conditioning)])
-        self.up = nn.ModuleList()
-        for level in reversed(range(levels)):
-            for _ in range(blocks + 1):
-                self.up.append(stage(now + skips.pop(), multipliers[level] * channels, level))
-                now = multipliers[level] * channels
-            if level:
-                self.up.append(_Up(now))
-        self.norm, self.outlet = _norm(now), zeroed(nn.Conv2d(now, data_channels, 3, padding=1))
-
-    def forward(self, x: Tensor, label: Tensor, *, class_label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, label: Tensor, *, class_label: Tensor | None = None, augment_label: Tensor | None = None
+    ) -> Tensor:
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}.")
-        c = self.condition(label, class_label)
+        c = self.condition(label, class_label, augment_label)
         h = self.inlet(x)
-        skips = [h]
-        for module in self.down:
-            h = module(h) if isinstance(module, _Down) else module(h, c)
+        skips, pyramid = [h], x
+        stage: Any
+        for stage in self.down:
+            if isinstance(stage, Down):
+                h = self._run(stage.features, h, c)
+                if self.input_pyramid == "skip":
+                    pyramid = downsample(pyramid, self.fir)
+                    h = stage.pyramid(pyramid, h)  # type: ignore[misc]
+                elif self.input_pyramid == "residual":
+                    h = pyramid = joined(stage.pyramid(pyramid), h, self.rescale)  # type: ignore[misc]
+            else:
+                h = self._run(stage, h, c)
             skips.append(h)
-        for module in self.middle:
-            h = module(h, c)
-        for module in self.up:
-            h = module(h) if isinstance(module, _Up) else module(torch.cat([h, skips.pop()], 1), c)
-        return self.outlet(F.silu(self.norm(h)))
+        for stage in self.middle:
+            h = self._run(stage, h, c)
+        image: Tensor | None = None
+        level: Any
+        for level in self.up:
+            for stage in level.stages:
+                h = self._run(stage, torch.cat([h, skips.pop()], 1), c)
+            if self.output_pyramid == "skip":
+                part = level.outlet(h)
+                image = part if image is None else upsample(image, self.fir) + part
+            elif self.output_pyramid == "residual":
+                if image is None:
+                    image = level.outlet(h)
+                else:
+                    h = image = joined(level.enlarge(image), h, self.rescale)
+            if level.up is not None:
+                h = self._run(level.up, h, c)
+        return image if self.outlet is None else self.outlet(h)  # type: ignore[return-value]

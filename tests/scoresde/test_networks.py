@@ -14,6 +14,14 @@ SMALL = {
         **{"shape": (1, 8, 8), "num_classes": 3, "channels": 8, "multipliers": (1, 2), "attention": (4,)},
         **{"blocks": 1, "embedding": "sinusoidal"},
     },
+    "ddpm": {
+        **{"shape": (1, 8, 8), "num_classes": 3, "channels": 32, "multipliers": (1, 2), "attention": (4,)},
+        "blocks": 1,
+    },
+    "adm": {
+        **{"shape": (1, 8, 8), "num_classes": 3, "channels": 16, "multipliers": (1, 2), "attention": (4,)},
+        **{"blocks": 1, "head_channels": 8},
+    },
 }
 
 
@@ -87,10 +95,9 @@ def test_no_class_is_the_null_class(name):
 @each_network
 @torch.no_grad()
 def test_fresh_network_outputs_zero(name):
-    """Exactly, or with last weights of variance 1e-10, as published."""
     net = NETWORKS[name](**SMALL[name])
     x, label, classes = inputs(net)
-    assert float(net(x, label, class_label=classes).detach().abs().max()) <= (1e-3 if name == "ncsnpp" else 0.0)
+    assert float(net(x, label, class_label=classes).detach().abs().max()) == 0.0
 
 
 @each_network
@@ -136,7 +143,8 @@ def test_unet_attention_reaches_every_pixel():
     """A corner influences the opposite corner through attention, and not without it in so shallow a network."""
     reach = []
     for attention in ((), (16,)):
-        net = network("unet", shape=(1, 16, 16), multipliers=(1,), channels=8, attention=attention, num_classes=0)
+        options = {"shape": (1, 16, 16), "multipliers": (1,), "channels": 8, "num_classes": 0}
+        net = network("unet", **options, attention=attention, middle_attention=bool(attention))
         x = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
         # group norm shares its statistics over the image; the convolutions' reach is seen with it frozen
         for module in net.modules():
