@@ -110,12 +110,7 @@ def _network_in_network(entry: Entry) -> Entry:
     parts = tuple(f"{p.rsplit('.', 1)[0]}.{'W' if kind == 'weight' else 'b'}" for p in entry.parts)
     if kind == "bias":
         return Entry(entry.target, parts)
-    count = len(parts)
-
-    def stacked(weights: Tensor) -> Tensor:
-        return torch.cat([w.T for w in weights.chunk(count)])[:, :, None, None]
-
-    return Entry(entry.target, parts, stacked)
+    return Entry(entry.target, parts, lambda *weights: torch.cat([w.T for w in weights])[:, :, None, None])
 
 
 def _layers(network: UNet) -> Iterator[nn.Module]:

@@ -1,0 +1,183 @@
+"""What the U-Nets are made of: residual blocks that may change the resolution, attention, inlets and outlets."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scoresde.networks.resampling import downsample, upsample
+
+
+def group_norm(channels: int, groups: int | None = None, eps: float = 1e-5) -> nn.GroupNorm:
+    """Group norm of `groups` groups, or of at most 32 with at least four channels each; a divisor of the channels.
+
+    Statistics are taken within each sample: rows of a batch do not see each other.
+    """
+    groups = min(32, max(1, channels // 4)) if groups is None else groups
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def initialised(module: nn.Conv2d | nn.Linear, scale: float = 1.0) -> nn.Conv2d | nn.Linear:
+    """Uniform weights of variance scale / mean(inputs, outputs), zero biases (Ho et al. 2020, Song et al. 2021).
+
+    Scale 0 makes a branch start as nothing; the published code leaves a variance of 1e-10 there.
+    """
+    weight = module.weight
+    if scale == 0.0:
+        nn.init.zeros_(weight)
+    else:
+        receptive = weight[0, 0].numel() if weight.ndim > 2 else 1
+        bound = math.sqrt(6.0 * scale / (receptive * (weight.shape[0] + weight.shape[1])))
+        nn.init.uniform_(weight, -bound, bound)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+def conv(inputs: int, outputs: int, size: int = 3, scale: float = 1.0) -> nn.Module:
+    """A convolution that keeps the resolution."""
+    return initialised(nn.Conv2d(inputs, outputs, size, padding=size // 2), scale)
+
+
+def joined(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
+    """Sum of skip and branch, divided by the root of two if `rescale`."""
+    return (x + h) * math.sqrt(0.5) if rescale else x + h
+
+
+class ResidualBlock(nn.Module):
+    r"""norm-silu-conv twice, with the condition in between: (B, C, H, W), (B, condition) -> (B, C', H', W').
+
+    The condition is added before the second norm, or scales and shifts after it (`scale_shift`; Dhariwal & Nichol
+    2021). With `resample`, both branches are halved or doubled before the first convolution (BigGAN; Brock et al. 2019,
+    arXiv:1809.11096).
+
+    Args:
+        inputs: C.
+        outputs: C'.
+        condition: width of the condition.
+        dropout: before the second convolution.
+        scale_shift: how the condition enters.
+        rescale: divide the sum of skip and branch by the root of two.
+        norm_groups: see `group_norm`.
+        norm_eps: added to the variance in norms.
+        resample: "", "down" or "up".
+        fir: resample with the filter [1, 3, 3, 1].
+        project: whether the skip of a block that resamples has a 1 x 1 convolution even where C' = C.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        condition: int,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        rescale: bool = False,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resample: str = "",
+        fir: bool = False,
+        project: bool = True,
+    ) -> None:
+        super().__init__()
+        self.scale_shift, self.rescale, self.resample, self.fir = scale_shift, rescale, resample, fir
+        self.norm1, self.conv1 = group_norm(inputs, norm_groups, norm_eps), conv(inputs, outputs)
+        self.condition = initialised(nn.Linear(condition, 2 * outputs if scale_shift else outputs))
+        self.norm2, self.dropout = group_norm(outputs, norm_groups, norm_eps), nn.Dropout(dropout)
+        self.conv2 = conv(outputs, outputs, scale=0.0)
+        bare = inputs == outputs and not (resample and project)
+        self.skip = nn.Identity() if bare else conv(inputs, outputs, 1)
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if not self.resample:
+            return x
+        return (downsample if self.resample == "down" else upsample)(x, self.fir)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h = self.conv1(self._resampled(F.silu(self.norm1(x))))
+        c = self.condition(c)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = c.chunk(2, 1)
+            h = torch.addcmul(shift, self.norm2(h), 1.0 + scale)
+        else:
+            h = self.norm2(h + c)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return joined(self.skip(self._resampled(x)), h, self.rescale)
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, as a residual branch: (B, C, H, W) -> (B, C, H, W).
+
+    Args:
+        channels: C.
+        head_channels: channels per head, 0 for one head; the number of heads is lowered to a divisor of C.
+        rescale: divide the sum of skip and branch by the root of two.
+        norm_groups: see `group_norm`.
+        norm_eps: added to the variance in the norm.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        head_channels: int = 0,
+        rescale: bool = False,
+        norm_groups: int | None = None,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_channels) if head_channels else 1
+        while channels % self.heads:
+            self.heads -= 1
+        self.rescale = rescale
+        self.norm = group_norm(channels, norm_groups, norm_eps)
+        # output channels in the order (q, k, v) x heads x channels of a head
+        self.qkv, self.out = conv(channels, 3 * channels, 1), conv(channels, channels, 1, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        # pixels before channels: a view where tensors are channels last
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, height * width, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        h = F.scaled_dot_product_attention(q, k, v)
+        h = h.transpose(1, 2).reshape(b, height, width, c).permute(0, 3, 1, 2)
+        return joined(x, self.out(h), self.rescale)
+
+
+class Stage(nn.Module):
+    """A residual block, and attention after it where there is any."""
+
+    def __init__(self, block: ResidualBlock, attention: Attention | None = None) -> None:
+        super().__init__()
+        self.block, self.attention = block, attention
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = self.block(x, c)
+        return x if self.attention is None else self.attention(x)
+
+
+class Outlet(nn.Module):
+    """norm-silu-conv."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int | None, eps: float, scale: float = 0.0) -> None:
+        super().__init__()
+        self.norm, self.conv = group_norm(inputs, groups, eps), conv(inputs, outputs, scale=scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.silu(self.norm(x)))
+
+
+class Combine(nn.Module):
+    """The image joins the features through a 1 x 1 convolution: added, or in front of them ("cat")."""
+
+    def __init__(self, image: int, features: int, combine: str) -> None:
+        super().__init__()
+        self.conv, self.combine = conv(image, features, 1), combine
+
+    def forward(self, image: Tensor, h: Tensor) -> Tensor:
+        part: Tensor = self.conv(image)
+        return torch.cat([part, h], 1) if self.combine == "cat" else part + h

@@ -1,0 +1,145 @@
+"""State dicts in other names: which published tensors make each of ours, and what to say where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scoresde.networks.blocks import Attention, ResidualBlock
+
+
+def stacked(*parts: Tensor) -> Tensor:
+    """The parts, one below the other."""
+    return torch.cat(parts)
+
+
+class Entry(NamedTuple):
+    """One tensor of ours.
+
+    Attributes:
+        target: its name here.
+        parts: names of the published tensors that make it.
+        change: how.
+    """
+
+    target: str
+    parts: tuple[str, ...]
+    change: Callable[..., Tensor] = stacked
+
+
+class MismatchError(ValueError):
+    """A checkpoint that does not fit the network: the message says which tensors."""
+
+
+def convert(
+    network: nn.Module, state: Mapping[str, Tensor], entries: Iterable[Entry], ignored: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """The state dict of `network` from a published one.
+
+    Args:
+        network: of the same architecture.
+        state: published name -> tensor.
+        entries: one for every tensor of `network`.
+        ignored: published names, or endings of them, that are no weights.
+
+    Raises:
+        MismatchError: naming the tensors that are missing, unexpected or of another shape.
+    """
+    own = network.state_dict()
+    used: set[str] = set()
+    result: dict[str, Tensor] = {}
+    missing: list[str] = []
+    misshapen: list[str] = []
+    for entry in entries:
+        absent = [name for name in entry.parts if name not in state]
+        missing += absent
+        if absent:
+            continue
+        used.update(entry.parts)
+        shapes = ", ".join(f"{name} {tuple(state[name].shape)}" for name in entry.parts)
+        wanted = own[entry.target].shape
+        try:
+            value = entry.change(*(state[name] for name in entry.parts))
+        except (RuntimeError, IndexError):  # a change made for other shapes
+            misshapen.append(f"{shapes} for {tuple(wanted)} here")
+            continue
+        if value.shape != wanted:
+            misshapen.append(f"{shapes} for {tuple(wanted)} here")
+            continue
+        result[entry.target] = value.clone()
+    endings = tuple(ignored)
+    left = [name for name in state if name not in used and not (endings and name.endswith(endings))]
+    found = (("missing", missing), ("unexpected", left), ("of another shape", misshapen))
+    problems = [f"{what}: {_shown(names)}" for what, names in found if names]
+    if problems:
+        raise MismatchError(f"The checkpoint does not fit this network. {'; '.join(problems)}.")
+    return result
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+class Names:
+    """Names of the modules of a network, and entries for their weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._names = {id(module): name for name, module in network.named_modules()}
+
+    def __call__(self, module: nn.Module) -> str:
+        return self._names[id(module)]
+
+    def pair(
+        self, module: nn.Module, published: str, change: Callable[..., Tensor] = stacked
+    ) -> Iterator[Entry]:
+        """Entries of a module with a weight and, if it has one, a bias; `change` is of the weight."""
+        yield Entry(f"{self(module)}.weight", (f"{published}.weight",), change)
+        if getattr(module, "bias", None) is not None:
+            yield Entry(f"{self(module)}.bias", (f"{published}.bias",))
+
+    def residual(self, block: ResidualBlock, names: tuple[str, str, str, str, str, str]) -> Iterator[Entry]:
+        """Entries of a block, with the published names of its two norms, convolutions, the condition and the skip."""
+        parts = (block.norm1, block.conv1, block.condition, block.norm2, block.conv2, block.skip)
+        for module, name in zip(parts, names, strict=True):
+            if not isinstance(module, nn.Identity):
+                yield from self.pair(module, name)
+
+    def attention(
+        self,
+        attention: Attention,
+        norm: str,
+        qkv: tuple[str, ...],
+        out: str,
+        change: Callable[..., Tensor] = stacked,
+    ) -> Iterator[Entry]:
+        """Entries of attention: `qkv` is one name or three; `change` reorders the rows of weight and bias."""
+        yield from self.pair(attention.norm, norm)
+        qkv_weight = tuple(f"{name}.weight" for name in qkv)
+        yield Entry(f"{self(attention.qkv)}.weight", qkv_weight, lambda *parts: pointwise(change(*parts)))
+        yield Entry(f"{self(attention.qkv)}.bias", tuple(f"{name}.bias" for name in qkv), change)
+        yield from self.pair(attention.out, out, pointwise)
+
+
+def pointwise(t: Tensor) -> Tensor:
+    """The weight of a linear map, or of a convolution of size 1 in any dimension, as that of a 1 x 1 convolution."""
+    return t.reshape(*t.shape[:2], 1, 1)
+
+
+def swapped(t: Tensor, dim: int = 1) -> Tensor:
+    """Halves exchanged along `dim`: features in the order (cos, sin) instead of (sin, cos)."""
+    return torch.cat(t.chunk(2, dim)[::-1], dim)
+
+
+def negated(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """`state` of a U-Net whose output changes its sign."""
+    from scoresde.networks.blocks import Outlet
+    from scoresde.networks.unet import UNet
+
+    assert isinstance(network, UNet)
+    outlets = [network.outlet] if network.outlet is not None else [level.outlet for level in network.up]
+    names = Names(network)
+    changed = {f"{names(o.conv)}.{kind}" for o in outlets if isinstance(o, Outlet) for kind in ("weight", "bias")}
+    return {name: -value if name in changed else value for name, value in state.items()}
