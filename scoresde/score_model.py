@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,16 +85,30 @@ class DataSpec:
         return z if self.levels is None else z.floor().clamp(0, self.levels - 1).long()
 
 
-LABELS: Mapping[str, Any] = {
-    "time": lambda knot: knot.t,
-    "t999": lambda knot: 999.0 * knot.t,
-    "index": lambda knot: knot.label,
-    "half_log_snr": lambda knot: knot.half_log_snr,
-    "log_sigma": lambda knot: -knot.half_log_snr,
-    "quarter_log_sigma": lambda knot: -0.25 * knot.half_log_snr,
+def _index(knot: Knot, n: int) -> Any:
+    """Level of a chain; on an SDE the same at t = (i + 1) / n."""
+    return knot.label if isinstance(knot.law, Chain) else n * knot.t - 1.0
+
+
+def _index_down(knot: Knot, n: int) -> Any:
+    """Levels counted from the noisiest; on an SDE the same at t = i / (n - 1)."""
+    return n - 1 - knot.label if isinstance(knot.law, Chain) else (n - 1) * (1.0 - knot.t)
+
+
+LABELS: Mapping[str, Callable[[Knot, int], Any]] = {
+    "time": lambda knot, n: knot.t,
+    "t999": lambda knot, n: 999.0 * knot.t,
+    "index": _index,
+    "index_down": _index_down,
+    "half_log_snr": lambda knot, n: knot.half_log_snr,
+    "log_sigma": lambda knot, n: -knot.half_log_snr,
+    "log_half_sigma": lambda knot, n: -knot.half_log_snr - math.log(2.0),
+    "quarter_log_sigma": lambda knot, n: -0.25 * knot.half_log_snr,
 }
-"""Name -> what the network is told about the noise level: the time; 999 t (score_sde's VP networks); a chain's index;
-lambda; log(sigma / alpha); a quarter of it (EDM)."""
+"""Name -> what the network is told about the noise level, of the knot and the number of levels: the time; 999 t
+(score_sde's VP networks); a chain's index, from the cleanest or from the noisiest level (NCSN); lambda;
+log(sigma / alpha); that of half the ratio (score_sde's VE networks, whose sigma was for data in [0, 1]); a quarter of
+it (EDM)."""
 
 
 class ScoreModel(nn.Module):
@@ -110,6 +124,13 @@ class ScoreModel(nn.Module):
         input_scaling: "unit" divides the input by sqrt(sigma^2 + alpha^2 sigma_data^2), so that it has unit variance
             at every noise level (EDM's c_in on any SDE); "none" hands over the state.
         config: what `from_config` was given.
+        label_levels: number of levels that the labels "index" and "index_down" count where the law is an SDE: a
+            network of a chain goes on between its levels. On a chain it is the chain's.
+
+    A network with the attribute `learned_variance` returns twice the channels; the second half is `log_variance`'s.
+
+    Raises:
+        ValueError: for an unknown name, or an index label without a number of levels.
     """
 
     def __init__(
@@ -122,14 +143,16 @@ class ScoreModel(nn.Module):
         sigma_data: float = 0.5,
         input_scaling: str = "unit",
         config: Mapping[str, Any] | None = None,
+        label_levels: int = 0,
     ) -> None:
         super().__init__()
         kind = lookup(PARAMETERIZATIONS, parameterization, "parameterization")
         self._label = lookup(LABELS, label, "label")
         if input_scaling not in ("unit", "none"):
             raise ValueError(f'`input_scaling` must be "unit" or "none", got {input_scaling!r}.')
-        if label == "index" and not isinstance(law, Chain):
-            raise ValueError('The label "index" needs a chain: pass law=sde.discretize(n).')
+        self.label_levels = law.n if isinstance(law, Chain) else label_levels
+        if label.startswith("index") and self.label_levels < 2:
+            raise ValueError(f'The label "{label}" needs a chain, law=sde.discretize(n), or `label_levels`.')
         self.network, self.law, self.data_spec = network, law, data_spec
         self.parameterization = kind(sigma_data) if parameterization == "edm" else kind()
         self.sigma_data, self.input_scaling = float(sigma_data), input_scaling
@@ -172,17 +195,44 @@ class ScoreModel(nn.Module):
 
     def raw(self, x: Tensor, knot: Knot, **condition: Any) -> Tensor:
         """Output of the network at a state in model units, (B, *D); in the dtype of its weights."""
+        out = self._network(x, knot, condition)
+        return out[:, : x.shape[1]] if self.learned_variance else out
+
+    def _network(self, x: Tensor, knot: Knot, condition: Mapping[str, Any]) -> Tensor:
         if self.input_scaling == "unit":
             signal = knot.alpha * self.sigma_data
             c_in: Real = 1.0 / m.sqrt(knot.sigma * knot.sigma + signal * signal)
             x_in = x * c_in.to(x.dtype) if isinstance(c_in, Tensor) else x * c_in
         else:
             x_in = x
-        label = knot.spread(self._label(knot), x, torch.float32 if x.dtype.itemsize < 8 else torch.float64)
+        value = self._label(knot, self.label_levels)
+        label = knot.spread(value, x, torch.float32 if x.dtype.itemsize < 8 else torch.float64)
         dtype = self.dtype
         if x_in.dtype != dtype:
             x_in, label = x_in.to(dtype), label.to(dtype)
         return self.network(x_in, label, **condition)
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network returns a variance beside its prediction."""
+        return bool(getattr(self.network, "learned_variance", False))
+
+    def log_variance(self, x: Tensor, knot: Knot, **condition: Any) -> Tensor:
+        r"""Learned log variance of a chain's step from level i, (B, *D): what `elbo(variance=…)` takes.
+
+        :math:`v \log\beta_i + (1 - v) \log\tilde\beta_i`, v = (output + 1) / 2 and :math:`\tilde\beta` the posterior's
+        variance, of level 1 at level 0 (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
+
+        Raises:
+            ValueError: for a network without a learned variance, or off a chain.
+        """
+        if not self.learned_variance or not isinstance(self.law, Chain):
+            raise ValueError("`log_variance` needs a network with a learned variance on a chain.")
+        out = self._network(x, knot, condition)[:, x.shape[1] :]
+        at = torch.as_tensor(knot.label, device=self.law.betas.device).cpu()
+        large, small = self.law.betas[at].log(), 2.0 * self.law.posterior_std[at.clamp(min=1)].log()
+        share = 0.5 * (out + 1.0)
+        return share * large.to(out) + (1.0 - share) * small.to(out)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scoresde.likelihood.probes import Probes, as_probes
 from sde_lib._checks import check_state
@@ -108,7 +110,10 @@ def value_and_traces(
     Returns:
         The value (B, *D) and the traces in float64, (B, K) or (B, 1); without a graph unless `differentiable`.
     """
-    with torch.enable_grad():
+    # fused attention knows neither second derivatives nor batches of products
+    plain = differentiable or (groups is None and chunk > 1)
+    attention = sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
+    with torch.enable_grad(), attention:
         if not (differentiable and x.requires_grad):
             x = x.detach().requires_grad_()
         value = fn(x)

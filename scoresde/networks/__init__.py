@@ -10,12 +10,35 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from scoresde.networks.dit import DiT
 from scoresde.networks.embeddings import FourierEmbedding, SinusoidalEmbedding
 from scoresde.networks.mlp import MLP
+from scoresde.networks.ncsn import NCSN, NCSNv2
 from scoresde.networks.presets import ADM, DDPM, NCSNpp
 from scoresde.networks.unet import UNet
 
-NETWORKS: Mapping[str, type[nn.Module]] = {"mlp": MLP, "unet": UNet, "ncsnpp": NCSNpp, "ddpm": DDPM, "adm": ADM}
+NETWORKS: Mapping[str, type[nn.Module]] = {
+    "mlp": MLP,
+    "unet": UNet,
+    "ncsnpp": NCSNpp,
+    "ddpm": DDPM,
+    "adm": ADM,
+    "dit": DiT,
+    "ncsn": NCSN,
+    "ncsnv2": NCSNv2,
+}
 """Name -> class. A new network is one file and one line here."""
 
-__all__ = ["ADM", "DDPM", "MLP", "NETWORKS", "FourierEmbedding", "NCSNpp", "SinusoidalEmbedding", "UNet"]
+__all__ = [
+    "ADM",
+    "DDPM",
+    "MLP",
+    "NCSN",
+    "NETWORKS",
+    "DiT",
+    "FourierEmbedding",
+    "NCSNpp",
+    "NCSNv2",
+    "SinusoidalEmbedding",
+    "UNet",
+]

@@ -116,6 +116,7 @@ class Attention(nn.Module):
     Args:
         channels: C.
         head_channels: channels per head, 0 for one head; the number of heads is lowered to a divisor of C.
+        heads: number of heads, whatever C is; 0: by `head_channels`.
         rescale: divide the sum of skip and branch by the root of two.
         norm_groups: see `group_norm`.
         norm_eps: added to the variance in the norm.
@@ -125,12 +126,13 @@ class Attention(nn.Module):
         self,
         channels: int,
         head_channels: int = 0,
+        heads: int = 0,
         rescale: bool = False,
         norm_groups: int | None = None,
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.heads = max(1, channels // head_channels) if head_channels else 1
+        self.heads = heads or (max(1, channels // head_channels) if head_channels else 1)
         while channels % self.heads:
             self.heads -= 1
         self.rescale = rescale

@@ -155,9 +155,11 @@ class ADM(UNet):
         attention: heights of the feature maps with attention.
         middle_attention: whether the middle has it too.
         head_channels: features per attention head; 0: one head.
+        heads: number of heads instead; 0: by `head_channels`.
         dropout: probability inside the residual blocks.
         resampling: "block" or "convolution".
         conditioning: "scale_shift" or "add".
+        embedding_channels: features of the label's embedding, a quarter of the condition's; `channels` by default.
         augmentations: number of augmentation parameters (Karras et al. 2022).
         learned_variance: see `UNet`.
         checkpointing: see `UNet`.
@@ -173,14 +175,17 @@ class ADM(UNet):
         attention: Sequence[int] = (32, 16, 8),
         middle_attention: bool = True,
         head_channels: int = 64,
+        heads: int = 0,
         dropout: float = 0.1,
         resampling: str = "block",
         conditioning: str = "scale_shift",
+        embedding_channels: int | None = None,
         augmentations: int = 0,
         learned_variance: bool = False,
         checkpointing: bool = False,
     ) -> None:
-        half = channels // 2
+        features = embedding_channels or channels
+        half = features // 2
         super().__init__(
             shape,
             num_classes,
@@ -190,11 +195,13 @@ class ADM(UNet):
             attention,
             middle_attention,
             head_channels,
+            heads,
             dropout=dropout,
             conditioning=conditioning,
             # their frequencies are 10000^(-i / half), ours max_period^(-i / (half - 1))
             max_period=10000.0 ** ((half - 1) / half),
-            features=channels,
+            features=features,
+            width=4 * features,
             augmentations=augmentations,
             resampling=resampling,
             project_skips=False,

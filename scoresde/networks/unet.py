@@ -23,7 +23,7 @@ UP_ATTENTIONS = ("every", "last")
 class Down(nn.Module):
     """To half the resolution: the features, and the input pyramid that joins them."""
 
-    def __init__(self, features: nn.Module, pyramid: nn.Module | None) -> None:
+    def __init__(self, features: ResidualBlock | DownConv, pyramid: Combine | DownConv | None) -> None:
         super().__init__()
         self.features, self.pyramid = features, pyramid
 
@@ -60,12 +60,14 @@ class UNet(nn.Module):
         attention: heights of the feature maps with self-attention after the blocks.
         middle_attention: whether the middle, at the lowest resolution, has it too.
         head_channels: features per attention head; 0: one head.
+        heads: number of heads instead; 0: by `head_channels`.
         dropout: probability inside the residual blocks.
         conditioning: "scale_shift" (the condition scales and shifts after the norm) or "add" (added before it).
         embedding: "sinusoidal" (labels of hundreds, such as 999 t) or "fourier" (labels of order one).
         max_period: longest wavelength of the sinusoidal embedding, in label units / 2 pi.
         fourier_scale: standard deviation of the Fourier embedding's frequencies.
-        features: of the label's embedding; 4 `channels` by default, the width of the condition.
+        features: of the label's embedding; `width` by default.
+        width: features of the condition; 4 `channels` by default.
         class_entry: where the class enters, see `Condition`.
         augmentations: number of augmentation parameters, see `Condition`.
         resampling: "convolution": strided convolutions between the blocks; "block": inside residual blocks.
@@ -100,12 +102,14 @@ class UNet(nn.Module):
         attention: Sequence[int] = (4,),
         middle_attention: bool = True,
         head_channels: int = 32,
+        heads: int = 0,
         dropout: float = 0.0,
         conditioning: str = "scale_shift",
         embedding: str = "sinusoidal",
         max_period: float = 10000.0,
         fourier_scale: float = 16.0,
         features: int | None = None,
+        width: int | None = None,
         class_entry: str = "condition",
         augmentations: int = 0,
         resampling: str = "convolution",
@@ -125,7 +129,7 @@ class UNet(nn.Module):
         super().__init__()
         self.shape = tuple(int(n) for n in shape)
         multipliers, attention = tuple(multipliers), tuple(attention)
-        self._check(multipliers, attention, channels, blocks, dropout, head_channels)
+        self._check(multipliers, attention, channels, blocks, dropout, head_channels, heads)
         for name, value, known in (
             ("conditioning", conditioning, CONDITIONINGS),
             ("embedding", embedding, EMBEDDINGS),
@@ -139,7 +143,7 @@ class UNet(nn.Module):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
         data, height, _ = self.shape
-        levels, width = len(multipliers), 4 * channels
+        levels, width = len(multipliers), width or 4 * channels
         heights = [height >> i for i in range(levels)]
         self.num_classes, self.fir, self.rescale, self.resampling = num_classes, fir, rescale, resampling
         self.input_pyramid, self.output_pyramid = input_pyramid, output_pyramid
@@ -155,7 +159,7 @@ class UNet(nn.Module):
             return ResidualBlock(inputs, outputs, width, *rest)
 
         def attend(channels: int) -> Attention:
-            return Attention(channels, head_channels, rescale, norm_groups, norm_eps)
+            return Attention(channels, head_channels, heads, rescale, norm_groups, norm_eps)
 
         self.inlet = conv(data, channels)
         self.down = nn.ModuleList()
@@ -169,7 +173,7 @@ class UNet(nn.Module):
             if level == levels - 1:
                 break
             halved = block(now, now, "down") if resampling == "block" else DownConv(now, now, fir, end_padding)
-            pyramid: nn.Module | None = None
+            pyramid: Combine | DownConv | None = None
             if input_pyramid == "skip":
                 pyramid = Combine(image, now, combine)
                 now = 2 * now if combine == "cat" else now
@@ -209,6 +213,7 @@ class UNet(nn.Module):
         blocks: int,
         dropout: float,
         head_channels: int,
+        heads: int,
     ) -> None:
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ValueError(f"`shape` must be (C, H, W), all >= 1, got {self.shape}; use network 'mlp' for vectors.")
@@ -217,6 +222,7 @@ class UNet(nn.Module):
         check_count("channels", channels, 4)
         check_count("blocks", blocks)
         check_count("head_channels", head_channels, 0)
+        check_count("heads", heads, 0)
         check_dropout(dropout)
         for multiplier in multipliers:
             check_count("multipliers", multiplier)

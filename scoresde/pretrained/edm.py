@@ -122,7 +122,8 @@ def _stage(names: Names, stage: Any, published: str) -> Iterator[Entry]:
             """Rows in the order (q, k, v), heads, channels; published: heads, channels, (q, k, v)."""
             return t.reshape(heads, -1, 3, *t.shape[1:]).movedim(2, 0).reshape(t.shape)
 
-        yield from names.attention(attention, f"{published}.norm2", (f"{published}.qkv",), f"{published}.proj", reordered)
+        inner = (f"{published}.norm2", (f"{published}.qkv",), f"{published}.proj")
+        yield from names.attention(attention, *inner, reordered)
 
 
 def _encoder(network: UNet, names: Names) -> Iterator[Entry]:
@@ -154,7 +155,7 @@ def _decoder(network: UNet, names: Names) -> Iterator[Entry]:
             yield from _outlet(names, level.outlet, f"dec.{sides[i]}_aux_norm", f"dec.{sides[i]}_aux_conv")
         if level.up is not None:
             yield from _stage(names, level.up, f"dec.{sides[i + 1]}_up")
-    if network.outlet is not None:
+    if isinstance(network.outlet, Outlet):
         before = "out" if isinstance(network, ADM) else f"dec.{sides[-1]}_aux"
         yield from _outlet(names, network.outlet, f"{before}_norm", f"{before}_conv")
 

@@ -18,7 +18,7 @@ from scoresde.networks.blocks import Attention, Combine, Outlet, ResidualBlock, 
 from scoresde.networks.embeddings import FourierEmbedding
 from scoresde.networks.resampling import DownConv, UpConv
 from scoresde.networks.unet import Down, UNet
-from scoresde.pretrained.mapping import Entry, Names, convert, swapped
+from scoresde.pretrained.mapping import Entry, Names, convert, negated, swapped
 
 
 def read_checkpoint(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
@@ -72,6 +72,12 @@ def convert_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     state = {k.removeprefix("module."): v for k, v in state.items()}
     assert isinstance(network, UNet)
     return convert(network, state, entries(network), ["sigmas"])
+
+
+def converted(network: nn.Module, state: Mapping[str, Tensor], ve: bool) -> dict[str, Tensor]:
+    """`convert_state` for a network that predicts the noise: those of VE predict sigma times the score."""
+    found = convert_state(network, state)
+    return negated(found, network) if ve else found
 
 
 def entries(network: UNet) -> Iterator[Entry]:

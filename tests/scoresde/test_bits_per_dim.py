@@ -48,7 +48,8 @@ def test_uniform_dequantization_of_a_known_law():
     """All 16 levels: the expectation E_u[-log p(k + u)] by quadrature of the known density, within its own noise; above
     the cross entropy bin by bin (Jensen); the whole within 0.15 bits of the entropy."""
     model = model_of(LINE, SPEC)
-    result = bits_per_dim(model, torch.arange(16)[:, None], samples=64, dequantization="uniform", steps=64, doubling=False, batch_size=4096)
+    options = {"steps": 64, "doubling": False, "batch_size": 4096}
+    result = bits_per_dim(model, torch.arange(16)[:, None], samples=64, dequantization="uniform", **options)
     log_mass, log_p = mass(LINE, SPEC, model.law.knot(model.law.t_min))
     expected = -log_p.mean(1) / math.log(2)
     spread = log_p.std(1) / math.log(2) / math.sqrt(64)
@@ -75,7 +76,8 @@ def test_truncated_normal_dequantization_of_a_known_law(t_min):
     width = float((-log_q).exp().mean())
     assert abs(width - 1) < 0.02 or ratio < 0.15
     assert abs(float(u.mean()) - 0.5) < 4 * float(u.std()) / math.sqrt(200_000)
-    result = bits_per_dim(model, k, samples=200, dequantization="truncated_normal", steps=64, doubling=False, batch_size=4096)
+    options = {"steps": 64, "doubling": False, "batch_size": 4096}
+    result = bits_per_dim(model, k, samples=200, dequantization="truncated_normal", **options)
     log_mass, _ = mass(LINE, SPEC, knot)
     slack = 4.5 * result.trace_se + 0.05  # 200 draws
     assert (result.per_sample > -log_mass / math.log(2) - slack).all()

@@ -1,0 +1,295 @@
+"""The diffusion transformer of this field (DiT), and what its published weights are called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scoresde.networks.embeddings import SinusoidalEmbedding, check_count, check_dropout, zeroed
+
+FEATURES = 256
+"""Sinusoidal features of the label, whatever the width of the network."""
+
+
+def position_table(
+    rows: int, columns: int, width: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
+    r"""Fixed embedding of the places of a grid, row after row: (rows columns, width).
+
+    At row r and column c: sin and cos of :math:`c \omega_k`, then sin and cos of :math:`r \omega_k`, with
+    :math:`\omega_k = 10000^{-4 k / width}`, k < width / 4. The column comes first, as in the published weights.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, sec. 3.5, one half of the features per axis.
+
+    Args:
+        rows: height of the grid.
+        columns: width of the grid.
+        width: features, a multiple of four.
+        dtype: of the result; float32 or float64, in which it is evaluated.
+        device: of the result.
+    """
+    quarter = width // 4
+    ramp = torch.arange(quarter, dtype=dtype, device=device) / quarter
+    omega = torch.exp(-math.log(10000.0) * ramp)
+
+    def axis(places: int) -> Tensor:
+        angle = torch.arange(places, dtype=dtype, device=device)[:, None] * omega
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+    across = axis(columns)[None].expand(rows, columns, -1)
+    along = axis(rows)[:, None].expand(rows, columns, -1)
+    return torch.cat([across, along], 2).reshape(rows * columns, width)
+
+
+def normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm of every token, then one scale 1 + `scale` and one `shift` per row: (B, N, width) -> the same."""
+    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=1e-6), 1.0 + scale[:, None])
+
+
+class TimeAndClass(nn.Module):
+    """Label (B,) and class (B,) -> (B, width): features -> linear -> silu -> linear, plus a row of the class table.
+
+    Args:
+        width: number of features of the result.
+        num_classes: number of classes; the table's last row is the null class. 0: no table.
+        max_period: P; the frequencies are P^(-i / 128), i < 128.
+    """
+
+    def __init__(self, width: int, num_classes: int, max_period: float) -> None:
+        super().__init__()
+        half = FEATURES // 2
+        # the embedding's own frequencies, max_period^(-i / (half - 1)), reach the end of their range; these stop short
+        self.label = SinusoidalEmbedding(FEATURES, max_period ** ((half - 1) / half))
+        self.first, self.second = nn.Linear(FEATURES, width), nn.Linear(width, width)
+        self.num_classes = num_classes
+        self.classes = nn.Embedding(num_classes + 1, width) if num_classes else None
+
+    def forward(self, label: Tensor, class_label: Tensor | None = None) -> Tensor:
+        h = self.label(label).to(self.first.weight.dtype)
+        h = self.second(F.silu(self.first(h)))
+        if self.classes is None:
+            if class_label is not None:
+                raise ValueError("This network was built without classes: call it without `class_label`.")
+            return h
+        if class_label is None:
+            class_label = torch.full_like(label, self.num_classes, dtype=torch.int64)
+        if class_label.shape != label.shape:
+            raise ValueError(f"`class_label` must have shape {tuple(label.shape)}, got {tuple(class_label.shape)}.")
+        return h + self.classes(class_label)
+
+
+class DiTBlock(nn.Module):
+    r"""Self-attention and an MLP, both modulated: x (B, N, width), c (B, width) -> (B, N, width).
+
+    .. math:: x \leftarrow x + g_1 \, \mathrm{attention}((1 + s_1) \, \mathrm{norm}(x) + b_1), \qquad
+              x \leftarrow x + g_2 \, \mathrm{mlp}((1 + s_2) \, \mathrm{norm}(x) + b_2),
+
+    where :math:`(b_1, s_1, g_1, b_2, s_2, g_2)` is a linear map of c, zero at first ("adaLN-zero"): the block starts
+    as the identity. The MLP is linear -> gelu (in its tanh form) -> linear.
+
+    Args:
+        width: features of a token.
+        heads: of attention, a divisor of the width.
+        hidden: features inside the MLP.
+        dropout: of the results of attention and MLP.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 6 * width)
+        # outputs in the order (q, k, v) x heads x channels of a head
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def _attention(self, x: Tensor) -> Tensor:
+        b, n, width = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.out(h.transpose(1, 2).reshape(b, n, width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, 1)
+        h = self._attention(normed(x, shift1, scale1))
+        x = torch.addcmul(x, gate1[:, None], self.dropout(h))
+        h = self.second(F.gelu(self.first(normed(x, shift2, scale2)), approximate="tanh"))
+        return torch.addcmul(x, gate2[:, None], self.dropout(h))
+
+
+class DiTOutlet(nn.Module):
+    """A modulated norm, and a linear map to the pixels of a patch: (B, N, width), (B, width) -> (B, N, pixels)."""
+
+    def __init__(self, width: int, pixels: int) -> None:
+        super().__init__()
+        self.modulation, self.linear = nn.Linear(width, 2 * width), nn.Linear(width, pixels)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).chunk(2, 1)
+        return self.linear(normed(x, shift, scale))
+
+
+class DiT(nn.Module):
+    r"""Diffusion transformer: patches as tokens, blocks of attention that the time and the class modulate.
+
+    ``forward(x, label, class_label=None)``: x (B, C, H, W), label (B,), class (B,) -> (B, C, H, W), or (B, 2 C, H, W)
+    with a learned variance. Rows do not see each other. The output starts at zero, and every block as the identity.
+
+    Patches of p x p pixels become N = H W / p^2 tokens by a linear map, plus `position_table`; after the blocks
+    (`DiTBlock`) each token becomes the p x p pixels of its patch again. Cost grows as N^2: p = 2 is meant for latents
+    of 32 x 32 or 64 x 64, larger patches for pixels. Published sizes, with p = 2, 4 or 8 (DiT-S/2 etc.), and their
+    millions of parameters at p = 2 for (4, 32, 32), 1000 classes and a learned variance:
+
+    ======== ===== ===== ===== ========
+    name     depth width heads millions
+    ======== ===== ===== ===== ========
+    DiT-S    12    384   6     33
+    DiT-B    12    768   12    130
+    DiT-L    24    1024  16    458
+    DiT-XL   28    1152  16    675
+    ======== ===== ===== ===== ========
+
+    The defaults are DiT-S/2. The position table is computed where it is used, so it follows dtype and device and is in
+    neither the parameters nor the state.
+
+    Attention is torch's fused one where there is one. That has no second derivatives, no forward mode, and loops over
+    batches of gradients with a warning: evaluate the network under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``
+    for those (differentiable likelihoods, exact divergences).
+
+    Initial values are those of the paper's code: Xavier uniform weights, zero biases, N(0, 0.02^2) for the class table
+    and the label's two maps, zeros for all modulations and the last map.
+
+    Source: Peebles & Xie 2023, arXiv:2212.09748, with adaLN-zero. Deviations: H need not equal W; dropout; classes are
+    dropped at random by the caller, who passes the null class, not in here.
+
+    Args:
+        shape: (C, H, W); H and W multiples of `patch`.
+        num_classes: number of classes, 0 for none; index `num_classes` is the null token.
+        patch: side p of a patch.
+        width: features of a token, a multiple of 4 (sin and cos of two coordinates) and of `heads`.
+        depth: number of blocks.
+        heads: heads of attention.
+        mlp_ratio: features inside a block's MLP, in units of `width`.
+        max_period: P of the label's frequencies P^(-i / 128), for labels of hundreds such as 999 t.
+        dropout: probability, on the results of attention and MLP; the paper has none.
+        learned_variance: a second output of C channels, from which chains take a variance (Nichol & Dhariwal 2021,
+            arXiv:2102.09672), as in the published weights.
+
+    Raises:
+        ValueError: for a shape that is not (C, H, W), sides that are not multiples of the patch, or an option out of
+            range; by `forward` for an x or classes of the wrong shape, or classes without a class table.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        num_classes: int = 0,
+        patch: int = 2,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        mlp_ratio: float = 4.0,
+        max_period: float = 10000.0,
+        dropout: float = 0.0,
+        learned_variance: bool = False,
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(int(n) for n in shape)
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise ValueError(f"`shape` must be (C, H, W), all >= 1, got {self.shape}; use network 'mlp' for vectors.")
+        check_count("num_classes", num_classes, 0)
+        for name, value in (("patch", patch), ("width", width), ("depth", depth), ("heads", heads)):
+            check_count(name, value)
+        data, high, wide = self.shape
+        if high % patch or wide % patch:
+            raise ValueError(
+                f"Height and width must be multiples of `patch` = {patch}, got {high} x {wide}. "
+                "Use another `patch`, or pad the images."
+            )
+        if width % 4:
+            raise ValueError(f"`width` must be a multiple of 4 (sin and cos of two coordinates), got {width}.")
+        if width % heads:
+            raise ValueError(f"`width` must be a multiple of `heads` = {heads}, got {width}.")
+        if not int(mlp_ratio * width) >= 1:
+            raise ValueError(f"`mlp_ratio` must leave the MLP at least one feature, got {mlp_ratio}.")
+        if not max_period > 1.0:
+            raise ValueError(f"`max_period` must be > 1, got {max_period}.")
+        check_dropout(dropout)
+        self.num_classes, self.patch, self.width = num_classes, patch, width
+        self.learned_variance = learned_variance
+        self.rows, self.columns = high // patch, wide // patch
+        self.outputs = 2 * data if learned_variance else data
+        self.inlet = nn.Conv2d(data, width, patch, patch)
+        self.condition = TimeAndClass(width, num_classes, max_period)
+        hidden = int(mlp_ratio * width)
+        self.blocks = nn.ModuleList([DiTBlock(width, heads, hidden, dropout) for _ in range(depth)])
+        self.outlet = DiTOutlet(width, patch * patch * self.outputs)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                # the convolution is a linear map of patches, and its fans are counted as such
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        for table in (self.condition.first, self.condition.second, self.condition.classes):
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.02)
+        block: Any
+        for block in self.blocks:
+            zeroed(block.modulation)
+        zeroed(self.outlet)
+
+    def forward(self, x: Tensor, label: Tensor, *, class_label: Tensor | None = None) -> Tensor:
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}.")
+        # the silu in front of every modulation is the same: once for all
+        c = F.silu(self.condition(label, class_label))
+        h = self.inlet(x).flatten(2).transpose(1, 2)
+        kind = self.inlet.weight.dtype  # not h's: under autocast tokens are summed up in the parameters' precision
+        exact = torch.float64 if kind == torch.float64 else torch.float32
+        h = h + position_table(self.rows, self.columns, self.width, exact, h.device).to(kind)
+        for block in self.blocks:
+            h = block(h, c)
+        # a token holds its patch in the order row, column, channel
+        pixels = self.outlet(h, c).reshape(-1, self.rows, self.columns, self.patch, self.patch, self.outputs)
+        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.outputs, *self.shape[1:])
+
+
+# --- published weights ------------------------------------------------------------------------------------------------
+
+PUBLISHED = {
+    "inlet": "x_embedder.proj",
+    "condition.first": "t_embedder.mlp.0",
+    "condition.second": "t_embedder.mlp.2",
+    "condition.classes": "y_embedder.embedding_table",
+    "outlet.linear": "final_layer.linear",
+    "outlet.modulation": "final_layer.adaLN_modulation.1",
+}
+PUBLISHED_BLOCK = {
+    "modulation": "adaLN_modulation.1",
+    "qkv": "attn.qkv",
+    "out": "attn.proj",
+    "first": "mlp.fc1",
+    "second": "mlp.fc2",
+}
+"""Our module -> theirs; of a block, the part after ``blocks.N.``."""
+
+
+def published_names(network: DiT) -> Iterator[tuple[str, str]]:
+    """(name in our state dict, name in that of facebookresearch/DiT) of every parameter; the layouts are equal.
+
+    Theirs has one entry more, ``pos_embed`` (1, N, width), which is our `position_table`.
+    """
+    for name in network.state_dict():
+        module, kind = name.rsplit(".", 1)
+        if module.startswith("blocks."):
+            _, index, part = module.split(".")
+            yield name, f"blocks.{index}.{PUBLISHED_BLOCK[part]}.{kind}"
+        else:
+            yield name, f"{PUBLISHED[module]}.{kind}"

@@ -1,0 +1,338 @@
+"""One call for every checkpoint: `load_pretrained` recognises the format and returns a ready score model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scoresde.pretrained import diffusers, dit, edm, guided_diffusion, score_sde
+from scoresde.pretrained.mapping import MismatchError, negated
+from scoresde.score_model import ScoreModel
+
+PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm")
+
+_EIGHT_BIT = {"shift": 128.0, "scale": 127.5, "levels": 256}
+"""The middles k + 1/2 of the bins of 8-bit data are the values k / 127.5 - 1 that published models were trained on."""
+_LINEAR = {"name": "vp", "beta_min": 0.1, "beta_max": 20.0}
+"""Ho et al. 2020: betas from 0.1 / n to 20 / n."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a checkpoint says: the configuration of a `ScoreModel`, and the weights of its network."""
+
+    config: dict[str, Any]
+    convert: Callable[[nn.Module], dict[str, Tensor]]
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    config: str | Any = None,
+    overrides: Sequence[str] = (),
+    ema: bool = True,
+    preconditioning: str | None = None,
+    size: int | None = None,
+    schedule: str | None = None,
+    heads: int | None = None,
+    new_attention_order: bool | None = None,
+    continuous: bool = False,
+    device: str | torch.device = "cpu",
+) -> ScoreModel:
+    """A score model from a published checkpoint, in evaluation mode: the format is recognised by what the file holds.
+
+    * **scoresde**: a .safetensors file, a checkpoint folder, or a run's workdir.
+    * **score_sde_pytorch**: ``checkpoint_{k}.pth``. The file says little about the SDE and the network, so `config`
+      names the experiment, e.g. "ve/cifar10_ncsnpp_continuous"; unset, a shipped configuration whose name is part of
+      the path is taken, or the only one that fits the tensors. Data live in [-1, 1] here: sigmas of VE models are twice
+      the published ones, which belong to [0, 1].
+    * **EDM**: a state dict of one of its preconditioned networks; `preconditioning` says which. (Its pickles hold code
+      and are never opened here: see `scoresde convert`.)
+    * **guided-diffusion** and improved-diffusion: state dicts of the U-Net (a chain of 1000 levels).
+    * **diffusers**: a folder with a `UNet2DModel`, alone or as ``unet/`` beside ``scheduler/``.
+    * **DiT**: state dicts of facebookresearch/DiT (for latents: a chain of 1000 levels).
+
+    Nothing is unpickled with code execution.
+
+    Args:
+        path: file or folder.
+        config: name, path or ConfigDict of the experiment, for score_sde_pytorch.
+        overrides: e.g. ``["--config.network.ncsnpp.channels=16"]``, on top of `config`.
+        ema: averaged weights (those to sample with) or the raw ones, where a checkpoint has both.
+        preconditioning: of an EDM state dict: "edm", "vp", "ve" or "iddpm".
+        size: side of the images where the checkpoint does not say it (guided-diffusion, diffusers).
+        schedule: of a guided-diffusion chain, "linear" or "cosine"; by default that of the published model of its size.
+        heads: attention heads of a guided-diffusion network; by default those of the published model of its size.
+        new_attention_order: of a guided-diffusion network, likewise.
+        continuous: for models of discrete chains: the SDE through the chain's levels, for likelihoods and adaptive
+            solvers. The network sees times between the levels that it was trained on.
+        device: where the model goes.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`.
+        CheckpointError: for pickles and damaged files.
+        MismatchError: (a ValueError) for tensors that do not fit the network, naming them, and for options without
+            counterpart here.
+        ValueError: for an unknown format, or where the file does not say enough; the message says which option to give.
+    """
+    from scoresde.training.checkpoint import load_model
+
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"No such file or folder: {path}")
+    if _is_own(path):
+        return load_model(path, ema, device)
+    if path.is_dir():
+        found = _diffusers(path, size)
+    else:
+        stored = _read(path)
+        if isinstance(stored, Mapping) and {"model", "ema"} <= set(stored):
+            return _ready(_score_sde(stored, path, config, overrides, ema), continuous, device)
+        state = _tensors(stored, path)
+        if edm.is_edm(state):
+            found = _edm(state, preconditioning)
+        elif guided_diffusion.is_guided_diffusion(state):
+            found = _guided_diffusion(state, size, schedule, heads, new_attention_order)
+        elif dit.is_dit(state):
+            found = _dit(state, size)
+        else:
+            raise ValueError(
+                f"{path} holds tensors in no known format (first: {', '.join(list(state)[:3])}). Known are scoresde, "
+                "score_sde_pytorch, EDM, guided-diffusion, diffusers (a folder) and DiT."
+            )
+    return _ready(found, continuous, device)
+
+
+def _ready(found: _Found, continuous: bool, device: str | torch.device) -> ScoreModel:
+    plain = _continuous(found.config) if continuous else found.config
+    model = ScoreModel.from_config(plain)
+    state = found.convert(model.network)
+    floating = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(floating) == 1:
+        model = model.to(floating.pop())
+    model.network.load_state_dict(state)
+    return model.to(device).eval()
+
+
+def _continuous(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The SDE through the levels of a chain."""
+    levels = plain["levels"]
+    if not levels:
+        return dict(plain)
+    if plain["sde"]["name"] == "ve":  # geometric levels are the SDE's own
+        return {**plain, "levels": 0, "label_levels": levels}
+    from sde_lib import SDES, build
+
+    chain = build(SDES, plain["sde"], "sde").discretize(levels)
+    table = {"alphas_cumprod": chain.alphas_cumprod.tolist()}
+    return {**plain, "sde": {"name": "tabulated", "tabulated": table}, "levels": 0, "label_levels": levels}
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+def _is_own(path: Path) -> bool:
+    if path.is_dir():
+        return (path / "state.json").is_file() or (path / "checkpoints").is_dir() or any(path.glob("step_*/state.json"))
+    if path.suffix != ".safetensors":
+        return False
+    from scoresde.training.checkpoint import read_tensors
+
+    return read_tensors(path)[1] is not None
+
+
+def _read(path: Path) -> Any:
+    """Contents of a file: safetensors, or what torch.save wrote, without running code."""
+    import pickle
+
+    from scoresde.training.checkpoint import CheckpointError, read_tensors
+
+    if path.suffix == ".safetensors":
+        return read_tensors(path)[0]
+    try:
+        return score_sde.load_without_code(path)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} could not be read without running code that it may hold ({told}). If it is a network pickle of "
+            f"EDM, convert it once: scoresde convert {path.name} {path.stem}.safetensors"
+        ) from error
+
+
+def _tensors(stored: Any, path: Path) -> dict[str, Tensor]:
+    state = stored.get("state_dict", stored) if isinstance(stored, Mapping) else None
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()) or not state:
+        raise ValueError(f"{path} holds no state dict, but {type(stored).__name__}.")
+    return dict(state)
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+def _model(network: str, options: Mapping[str, Any], sde: Mapping[str, Any], **rest: Any) -> dict[str, Any]:
+    """Configuration of a score model; `sde` is {"name": …, options}."""
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v is not None}
+    name = sde["name"]
+    spec = {"shape": list(options["shape"]), "num_classes": options.get("num_classes", 0), **_EIGHT_BIT}
+    return {
+        "network": {"name": network, network: options},
+        "sde": {"name": name, name: {k: v for k, v in sde.items() if k != "name"}},
+        "levels": 0,
+        "parameterization": "noise",
+        "input_scaling": "none",
+        "sigma_data": 0.5,
+        "data_spec": spec,
+        **rest,
+    }
+
+
+def _edm(state: dict[str, Tensor], preconditioning: str | None) -> _Found:
+    """Karras et al. 2022, Table 1. "vp" and "iddpm" hand over x / sqrt(1 + sigma^2): the state of a VP process."""
+    if preconditioning is None:
+        if "u" not in state:
+            raise ValueError(
+                "EDM's state dicts do not say how the network is preconditioned: pass preconditioning=\"edm\" (models "
+                'of that paper\'s own training), "vp" or "ve" (its baselines), or "iddpm".'
+            )
+        preconditioning = "iddpm"
+    if preconditioning not in PRECONDITIONINGS:
+        raise ValueError(f"`preconditioning` must be one of {', '.join(PRECONDITIONINGS)}, got {preconditioning!r}.")
+    name, options = edm.architecture(state)
+
+    def convert(network: nn.Module) -> dict[str, Tensor]:
+        converted = edm.convert_state(network, state)
+        return negated(converted, network) if preconditioning == "ve" else converted
+
+    if preconditioning == "edm":
+        rest: dict[str, Any] = {"parameterization": "edm", "label": "quarter_log_sigma", "input_scaling": "unit"}
+        return _Found(_model(name, options, {"name": "edm"}, **rest), convert)
+    if preconditioning == "vp":
+        sde = {"name": "vp", "beta_min": 0.1, "beta_max": 20.0, "t_min": 1e-5}
+        return _Found(_model(name, options, sde, label="t999"), convert)
+    if preconditioning == "ve":
+        sde = {"name": "ve", "sigma_min": 0.02, "sigma_max": 100.0}
+        return _Found(_model(name, options, sde, label="log_half_sigma"), convert)
+    return _Found(_model(name, options, diffusers.cosine_table(1000), levels=1000, label="index"), convert)
+
+
+def _guided_diffusion(
+    state: dict[str, Tensor],
+    size: int | None,
+    schedule: str | None,
+    heads: int | None,
+    new_order: bool | None,
+) -> _Found:
+    options = guided_diffusion.architecture(state, size)
+    published = guided_diffusion.PUBLISHED.get(options["shape"][1], {})
+    options["heads"] = published.get("heads", 0) if heads is None else heads
+    order = published.get("new_order", False) if new_order is None else new_order
+    schedule = published.get("schedule", "linear") if schedule is None else schedule
+    if schedule not in ("linear", "cosine"):
+        raise ValueError(f'`schedule` must be "linear" or "cosine", got {schedule!r}.')
+    sde = dict(_LINEAR) if schedule == "linear" else diffusers.cosine_table(1000)
+    plain = _model("adm", options, sde, levels=1000, label="index")
+    return _Found(plain, lambda network: guided_diffusion.convert_state(network, state, order))
+
+
+def _dit(state: dict[str, Tensor], size: int | None) -> _Found:
+    options = dit.architecture(state, size)
+    plain = _model("dit", options, dict(_LINEAR), levels=1000, label="index")
+    plain["data_spec"] = {"shape": list(options["shape"]), "num_classes": options["num_classes"]}  # latents
+    return _Found(plain, lambda network: dit.convert_state(network, state))
+
+
+def _diffusers(path: Path, size: int | None) -> _Found:
+    folder = path / "unet" if (path / "unet" / "config.json").is_file() else path
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{path} is a folder without a scoresde checkpoint and without a diffusers config.json.")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise MismatchError(f"{folder} holds a {config['_class_name']}; read are folders of UNet2DModel.")
+    if size is not None:
+        config["sample_size"] = size
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"{folder} has no safetensors file; pickled weights (.bin) are not read.")
+    state: dict[str, Tensor] = {}
+    for file in weights:
+        state.update(_read(file))
+    options = diffusers.architecture(config)
+    scheduler = _scheduler(path, folder)
+    ve = scheduler.get("_class_name") == "ScoreSdeVeScheduler"
+    if (options["embedding"] == "fourier") != ve:
+        raise MismatchError("A Fourier embedding (of log sigma) and a ScoreSdeVeScheduler go together.")
+
+    def convert(network: nn.Module) -> dict[str, Tensor]:
+        converted = diffusers.convert_state(network, state, config)
+        return negated(converted, network) if ve else converted
+
+    if ve:
+        centered = config.get("center_input_sample", False)
+        unit = 2.0 if centered else 1.0  # sigma for data in [0, 1], which the network recentres
+        sde = {"name": "ve", "sigma_min": unit * scheduler["sigma_min"], "sigma_max": unit * scheduler["sigma_max"]}
+        label = "log_half_sigma" if centered else "log_sigma"
+        return _Found(_model("unet", options, sde, label=label), convert)
+    kinds = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
+    kind = scheduler.get("prediction_type", "epsilon")
+    if kind not in kinds:
+        raise MismatchError(f"`prediction_type` = {kind!r} has no counterpart here.")
+    n = scheduler.get("num_train_timesteps", 1000)
+    sde = diffusers.chain(scheduler, n)
+    return _Found(_model("unet", options, sde, levels=n, label="index", parameterization=kinds[kind]), convert)
+
+
+def _scheduler(path: Path, folder: Path) -> dict[str, Any]:
+    for file in (path / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
+        if file.is_file():
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return found
+    return {}  # DDPM's defaults: 1000 levels, linear betas, noise
+
+
+def _score_sde(
+    stored: Mapping[str, Any], path: Path, config: Any, overrides: Sequence[str], ema: bool
+) -> _Found:
+    from scoresde import config as configs
+    from scoresde.score_model import DataSpec
+
+    state = score_sde.network_tensors(stored, str(path), ema)
+
+    def plain_of(chosen: Any) -> dict[str, Any]:
+        shape = tuple(chosen.data.shape)
+        with torch.device("meta"):
+            return configs.make_model(chosen, DataSpec(shape, 128.0, 127.5, 256)).config()
+
+    def found_for(chosen: Any) -> _Found:
+        plain = plain_of(chosen)
+
+        def convert(network: nn.Module) -> dict[str, Tensor]:
+            return score_sde.converted(network, state, plain["sde"]["name"] == "ve")
+
+        return _Found(plain, convert)
+
+    if config is not None:
+        chosen = configs.load(config, overrides) if isinstance(config, str) else configs.override(config, overrides)
+        return found_for(chosen)
+    fitting = []
+    shipped = [name for name in configs.known() if name.split("/")[0] in ("ve", "vp", "subvp")]
+    named = [name for name in shipped if name in path.as_posix()]
+    for name in [max(named, key=len)] if named else shipped:
+        found = found_for(configs.load(name, overrides))
+        with torch.device("meta"):
+            network = ScoreModel.from_config(found.config).network
+        try:
+            found.convert(network)
+        except MismatchError:
+            if named:
+                raise
+            continue
+        fitting.append((name, found))
+    if len(fitting) != 1:
+        names = ", ".join(name for name, _ in fitting) if fitting else "none of the shipped ones"
+        raise ValueError(
+            f"{path} does not say which experiment it belongs to; its tensors fit {names}. Pass config=<name> (or the "
+            "path of a configuration file)."
+        )
+    return fitting[0][1]
