@@ -67,6 +67,7 @@ def defaults() -> ml_collections.ConfigDict:
     c.model.input_scaling = "unit"
 
     c.data = _section("digits", DATASETS)
+    c.data.shape = config_dict.placeholder(tuple)  # (C, H, W) that an experiment is for; other data are refused
 
     c.training = t = ml_collections.ConfigDict()
     t.batch_size = 128  # samples per optimizer step, over all devices and accumulated parts
@@ -74,7 +75,9 @@ def defaults() -> ml_collections.ConfigDict:
     t.max_seconds = 0.0  # wall-time budget instead of `steps`, not bitwise reproducible; 0: none
     t.weighting = "uniform"
     t.times = "uniform"
+    t.log_sigma_mean, t.log_sigma_std = -1.2, 1.2  # of times="lognormal"
     t.reduce = "mean"
+    t.flip = False  # mirror half of the images
     t.class_dropout = 0.1  # fraction of samples trained without their class, for guidance and unconditional use
     t.optimizer = "adamw"
     t.learning_rate = 1e-3
@@ -162,6 +165,7 @@ def _kind(annotation: Any) -> type:
 # --- files and overrides ----------------------------------------------------------------------------------------------
 def known() -> list[str]:
     """Names of the shipped configurations."""
+    # a file whose name begins with _ is a base that others load
     files = (f.relative_to(r) for r in ROOTS if r.is_dir() for f in r.rglob("*.py") if f.name[0] not in "_.")
     return sorted({f.with_suffix("").as_posix() for f in files})
 
@@ -434,9 +438,13 @@ def make_data(config: ml_collections.ConfigDict) -> Dataset:
 
     source = build(DATASETS, config.data, "data set")
     try:
-        return source.load()
+        dataset = source.load()
     except (OSError, ValueError) as error:
         raise ConfigError(_one_line(error)) from error
+    wanted = config.data.shape
+    if wanted is not None and dataset.spec.shape != tuple(wanted):
+        raise ConfigError(f"This experiment is for data of shape {tuple(wanted)}, got {dataset.spec.shape}.")
+    return dataset
 
 
 def make_exact(

@@ -19,7 +19,7 @@ from scoresde.score_model import ScoreModel
 from sde_lib import SDE, Chain, Knot
 
 WEIGHTINGS = ("uniform", "likelihood", "raw")
-TIMES = ("uniform", "importance")
+TIMES = ("uniform", "importance", "lognormal")
 REDUCTIONS = ("mean", "half_sum")
 
 
@@ -50,6 +50,8 @@ def continuous_loss(
     condition: Mapping[str, Any] | None = None,
     t: Tensor | None = None,
     noise: Tensor | None = None,
+    log_sigma_mean: float = -1.2,
+    log_sigma_std: float = 1.2,
 ) -> Loss:
     r"""Denoising score matching over [t_min, t_max].
 
@@ -61,7 +63,9 @@ def continuous_loss(
             (Song et al. 2021b, arXiv:2101.09258). "raw": mean square error of the network's own output.
         times: how t is drawn: "uniform", or "importance" with density in proportion to g^2 / sigma^2, which makes
             the weight of "likelihood" constant. Since :math:`g^2 / \sigma^2 = -2\, d\lambda_t / dt`, this is uniform in
-            the half log SNR, and exact through `time_at`. The objective is the same.
+            the half log SNR, and exact through `time_at`. The objective is the same. "lognormal": log(sigma / alpha)
+            normal, cut off at the ends; this is another objective, with the weight of a noise level times its density
+            (Karras et al. 2022, arXiv:2206.00364, Table 1, with weighting "raw" and the parameterization "edm").
         reduce: over the elements of a sample: "mean", or "half_sum" (half the sum, Song et al.'s
             ``reduce_mean=False``; with "likelihood" weighting it is in nats per unit time).
         stratified: spread the times of a batch evenly (one random shift of a lattice; Kingma et al. 2021,
@@ -70,6 +74,8 @@ def continuous_loss(
         condition: keyword arguments of the network, batch first.
         t: times (B,) to use instead of drawing; they are taken to be drawn as `times` says.
         noise: (B, *D) to use instead of drawing.
+        log_sigma_mean: of "lognormal" times; EDM's value for images in [-1, 1].
+        log_sigma_std: likewise.
 
     Raises:
         ValueError: for a chain, unknown option values, or shapes that do not match.
@@ -80,8 +86,10 @@ def continuous_loss(
     _check(x_0, weighting, WEIGHTINGS, reduce, noise)
     if times not in TIMES:
         raise ValueError(f"`times` must be one of {', '.join(TIMES)}, got {times!r}.")
+    if times == "lognormal" and (weighting == "likelihood" or not log_sigma_std > 0.0):
+        raise ValueError('"lognormal" times need `log_sigma_std` > 0 and another weighting than "likelihood".')
     # where g enters, the integral over time stops where g is finite: only the flow SDE's end is lost
-    plain = times == "uniform" and weighting != "likelihood"
+    plain = times != "importance" and weighting != "likelihood"
     t_min, t_max = law.t_min, law.t_max if plain else law.drift_t_max
     first, last = law.knot(t_min), law.knot(t_max)
     if t is None:
@@ -89,8 +97,13 @@ def continuous_loss(
         if times == "uniform":
             t = t_min + (t_max - t_min) * u
         else:
-            t = law.time_at(first.half_log_snr + (last.half_log_snr - first.half_log_snr) * u)
-            t = t.clamp(t_min, t_max)  # the inverse is exact up to rounding
+            if times == "importance":
+                lam = first.half_log_snr + (last.half_log_snr - first.half_log_snr) * u
+            else:
+                # u may be 0, where the quantile is infinite
+                lam = -(log_sigma_mean + log_sigma_std * torch.special.ndtri(u.clamp(1e-9, 1.0 - 1e-9)))
+                lam = lam.clamp(float(last.half_log_snr), float(first.half_log_snr))
+            t = law.time_at(lam).clamp(t_min, t_max)  # the inverse is exact up to rounding
     elif t.shape != x_0.shape[:1]:
         raise ValueError(f"`t` must have shape ({x_0.shape[0]},), got {tuple(t.shape)}.")
     knot = law.knot(t, ndim=x_0.ndim)

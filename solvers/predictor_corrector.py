@@ -133,24 +133,28 @@ class PredictorCorrector(Solver):
     ``end="denoise"``: the posterior mean at the last knot, also when there is no predictor.
 
     Args:
-        predictor: any fixed-step solver, its name, or None (the state is carried over: annealed Langevin).
-        corrector: a `Corrector`, its name, or None. The default is right in any number of dimensions; the paper's own
+        predictor: any fixed-step solver, its name, or None or "none" (the state is carried over: annealed Langevin).
+        corrector: a `Corrector`, its name, or None or "none". The default is right in any number of dimensions; the paper's own
             choice for images is "langevin".
         corrector_first: correct at t before the step, as the published code does; the paper's order is the default.
+        snr: of a corrector given by its name.
+        corrector_steps: number of moves of a corrector given by its name.
     """
 
     predictor: Solver | str | None = "reverse_diffusion"
     corrector: Corrector | str | None = "annealed_langevin"
     corrector_first: bool = False
+    snr: float = 0.16
+    corrector_steps: int = 1
     _predictor: Solver | None = field(init=False, repr=False, compare=False)
     _corrector: Corrector | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        predictor, corrector = self.predictor, self.corrector
+        predictor, corrector = (None if part == "none" else part for part in (self.predictor, self.corrector))
         if isinstance(predictor, str):
             predictor = lookup(predictors(), predictor, "predictor")()
         if isinstance(corrector, str):
-            corrector = lookup(CORRECTORS, corrector, "corrector")()
+            corrector = lookup(CORRECTORS, corrector, "corrector")(snr=self.snr, steps=self.corrector_steps)
         if predictor is not None and (not isinstance(predictor, Solver) or predictor.adaptive):
             raise TypeError(f"`predictor` must be a fixed-step solver, its name or None, got {predictor!r}.")
         if corrector is not None and not isinstance(corrector, Corrector):

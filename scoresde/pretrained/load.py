@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde.pretrained import diffusers, dit, edm, guided_diffusion, score_sde
-from scoresde.pretrained.mapping import MismatchError, negated
+from scoresde.pretrained.mapping import MismatchError, scaled_output
 from scoresde.score_model import ScoreModel
 
 PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm")
@@ -203,7 +203,7 @@ def _edm(state: dict[str, Tensor], preconditioning: str | None) -> _Found:
 
     def convert(network: nn.Module) -> dict[str, Tensor]:
         converted = edm.convert_state(network, state)
-        return negated(converted, network) if preconditioning == "ve" else converted
+        return scaled_output(converted, network, -1.0) if preconditioning == "ve" else converted
 
     if preconditioning == "edm":
         rest: dict[str, Any] = {"parameterization": "edm", "label": "quarter_log_sigma", "input_scaling": "unit"}
@@ -266,7 +266,7 @@ def _diffusers(path: Path, size: int | None) -> _Found:
 
     def convert(network: nn.Module) -> dict[str, Tensor]:
         converted = diffusers.convert_state(network, state, config)
-        return negated(converted, network) if ve else converted
+        return scaled_output(converted, network, -1.0) if ve else converted
 
     if ve:
         centered = config.get("center_input_sample", False)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from scoresde.networks.blocks import Attention, ResidualBlock
+from scoresde.networks.blocks import Attention, Outlet, ResidualBlock
 
 
 def stacked(*parts: Tensor) -> Tensor:
@@ -133,13 +133,10 @@ def swapped(t: Tensor, dim: int = 1) -> Tensor:
     return torch.cat(t.chunk(2, dim)[::-1], dim)
 
 
-def negated(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """`state` of a U-Net whose output changes its sign."""
-    from scoresde.networks.blocks import Outlet
-    from scoresde.networks.unet import UNet
-
-    assert isinstance(network, UNet)
-    outlets = [network.outlet] if network.outlet is not None else [level.outlet for level in network.up]
+def scaled_output(state: Mapping[str, Tensor], network: nn.Module, factor: float) -> dict[str, Tensor]:
+    """`state` of a network whose output is multiplied by `factor`, in its last layers."""
+    network_: Any = network
+    outlets = [network_.outlet] if network_.outlet is not None else [level.outlet for level in network_.up]
     names = Names(network)
-    changed = {f"{names(o.conv)}.{kind}" for o in outlets if isinstance(o, Outlet) for kind in ("weight", "bias")}
-    return {name: -value if name in changed else value for name, value in state.items()}
+    last = [names(o.conv if isinstance(o, Outlet) else o) for o in outlets]
+    return {name: factor * value if name.rsplit(".", 1)[0] in last else value for name, value in state.items()}

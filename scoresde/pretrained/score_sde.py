@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from scoresde.networks.blocks import Attention, Combine, Outlet, ResidualBlock, Stage
 from scoresde.networks.embeddings import FourierEmbedding
+from scoresde.networks.ncsn import NCSN, NCSNv2, published_names
 from scoresde.networks.resampling import DownConv, UpConv
 from scoresde.networks.unet import Down, UNet
-from scoresde.pretrained.mapping import Entry, Names, convert, negated, swapped
+from scoresde.pretrained.mapping import Entry, Names, convert, scaled_output, swapped
 
 
 def read_checkpoint(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
@@ -70,14 +71,22 @@ def convert_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
         MismatchError: naming tensors that are missing, unexpected, or of another shape.
     """
     state = {k.removeprefix("module."): v for k, v in state.items()}
+    if isinstance(network, NCSN | NCSNv2):
+        return convert(network, state, (Entry(ours, (name,)) for ours, name in published_names(network)), ["sigmas"])
     assert isinstance(network, UNet)
     return convert(network, state, entries(network), ["sigmas"])
 
 
 def converted(network: nn.Module, state: Mapping[str, Tensor], ve: bool) -> dict[str, Tensor]:
-    """`convert_state` for a network that predicts the noise: those of VE predict sigma times the score."""
+    """`convert_state` for our use of a network.
+
+    Those of VE predict sigma times the score, here the noise, which is the negative of that. NCSN predicts the score in
+    units where data fill [0, 1]; in [-1, 1] it is half of that.
+    """
     found = convert_state(network, state)
-    return negated(found, network) if ve else found
+    if isinstance(network, NCSN):
+        return scaled_output(found, network, 0.5)
+    return scaled_output(found, network, -1.0) if ve else found
 
 
 def entries(network: UNet) -> Iterator[Entry]:

@@ -51,7 +51,7 @@ _FREE = (
     *(f"training.{name}" for name in ("keep", "tensorboard", "cpu")),
 )
 
-_ORDER, _NOISE, _DROPOUT, _CLASSES, _EVAL = range(5)
+_ORDER, _NOISE, _DROPOUT, _CLASSES, _EVAL, _FLIP = range(6)
 
 Sampler = Callable[[ScoreModel, ConfigDict], Tensor]
 Callback = Callable[[int, dict[str, float]], None]
@@ -141,6 +141,8 @@ class _Objective(nn.Module):
         if not isinstance(model.law, Chain):
             self.loss = continuous_loss
             self.options["times"] = t.times
+            if t.times == "lognormal":
+                self.options.update(log_sigma_mean=t.log_sigma_mean, log_sigma_std=t.log_sigma_std)
 
     def forward(self, x_0: Tensor, classes: Tensor | None, rng: torch.Generator) -> Tensor:
         """(B,) losses."""
@@ -371,7 +373,7 @@ class _Run:
             first = (part * accelerator.num_processes + accelerator.process_index) * self.part_size
             mine = rows[first : first + self.part_size]
             where = (self.config.seed, self.step, accelerator.process_index, part)
-            x_0, classes = self._batch(self.train_data, mine, where, t.class_dropout)
+            x_0, classes = self._batch(self.train_data, mine, where, t.class_dropout, t.flip)
             torch.manual_seed(mix(_DROPOUT, *where))
             last = part == t.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.objective):
@@ -386,15 +388,21 @@ class _Run:
         return norm, rate
 
     def _batch(
-        self, split: Split, rows: Tensor, where: tuple[int, ...], class_dropout: float
+        self, split: Split, rows: Tensor, where: tuple[int, ...], class_dropout: float, flip: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Samples in model units, dequantized where they have levels, and their classes, some replaced by null."""
+        """Samples in model units, dequantized where they have levels, and their classes, some replaced by null.
+
+        With `flip`, half of the samples are mirrored along their last dimension.
+        """
         spec: DataSpec = self.data.spec
         device = self.accelerator.device
         data = split.data[rows.to(split.data.device)].to(device)
         rng = generator(_CLASSES, *where)
         u = torch.rand(data.shape, generator=rng).to(device) if spec.levels is not None else None
         x_0 = spec.encode(data, u)
+        if flip:
+            mirrored = (torch.rand(len(rows), generator=generator(_FLIP, *where)) < 0.5).to(device)
+            x_0 = torch.where(mirrored.reshape(-1, *[1] * (x_0.ndim - 1)), x_0.flip(-1), x_0)
         if split.labels is None or not spec.num_classes:
             return x_0, None
         classes = split.labels[rows.to(split.labels.device)].to(device)

@@ -1,0 +1,13 @@
+"""NCSN++ on 256 x 256 images of LSUN church under the VE SDE.
+
+Source: Song et al. 2021, arXiv:2011.13456; configs/ve/church_ncsnpp_continuous of score_sde_pytorch.
+Published: no figures known.
+"""
+
+from scoresde.config import load
+
+
+def get_config():
+    c = load("ve/_256")
+    c.sde.ve.sigma_max = 760.0  # published for data in [0, 1]: 380
+    return c

@@ -1,0 +1,13 @@
+"""NCSN++ on 1024 x 1024 images of FFHQ under the VE SDE.
+
+Source: Song et al. 2021, arXiv:2011.13456; configs/ve/ffhq_ncsnpp_continuous of score_sde_pytorch.
+Published: no figures known.
+"""
+
+from scoresde.config import load
+
+
+def get_config():
+    c = load("ve/_1024")
+    c.network.ncsnpp.blocks = 1
+    return c

@@ -1,0 +1,14 @@
+"""NCSN on 64 x 64 CelebA.
+
+Source: Song & Ermon 2019, arXiv:1907.05600, and 2020, arXiv:2006.09011;
+configs/ve/ncsn/celeba of score_sde_pytorch.
+Published: no figures known.
+"""
+
+from scoresde.config import load
+
+
+def get_config():
+    c = load("ve/ncsn/_ncsn")
+    c.data.shape = (3, 64, 64)
+    return c
