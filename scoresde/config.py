@@ -282,8 +282,9 @@ def _execute(path: Path) -> ml_collections.ConfigDict:
         raise ConfigError(f"{path}: {_explain(error)}") from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"{path}: get_config() must return a ConfigDict, got {type(config).__name__}.")
+    known_fields = defaults()
     for field, _ in flatten(config):
-        _check_field(defaults(), field)
+        _check_field(known_fields, field)
     return config.lock()
 
 
