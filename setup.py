@@ -12,6 +12,7 @@ own = [p for name in ("scoresde", "sde_lib", "solvers") for p in (name, f"{name}
 data = ["scikit-learn>=1.3"]
 train = ["accelerate>=1.0", "tensorboard>=2.14", "safetensors>=0.4", *data]
 plot = ["matplotlib>=3.8"]
+hub = ["huggingface_hub>=0.25", "safetensors>=0.4"]
 
 setup(
     name="scoresde",
@@ -39,10 +40,12 @@ setup(
     extras_require={
         "train": train,
         "plot": plot,
-        "all": [*train, *plot],
+        "hub": hub,
+        "all": [*train, *plot, *hub],
         "dev": [
             *train,
             *plot,
+            *hub,
             "import-linter",
             "ipykernel",
             "jupytext",

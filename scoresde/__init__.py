@@ -27,7 +27,7 @@ from scoresde.likelihood import (
 )
 from scoresde.losses import chain_loss, continuous_loss
 from scoresde.metrics import energy_distance, frechet_distance, gaussian_bits_per_dim, mmd2, sliced_wasserstein
-from scoresde.networks import MLP, NETWORKS, UNet
+from scoresde.networks import ADM, DDPM, MLP, NCSN, NETWORKS, DiT, NCSNpp, NCSNv2, UNet
 from scoresde.score_model import LABELS, DataSpec, ScoreModel
 from sde_lib import (
     EDMSDE,
@@ -110,6 +110,7 @@ from solvers import (
 
 _LAZY = {
     "load_model": "scoresde.training.checkpoint",
+    "load_pretrained": "scoresde.pretrained",
     "save_model": "scoresde.training.checkpoint",
     "compare": "scoresde.comparison",
     "Comparison": "scoresde.comparison",
@@ -129,8 +130,10 @@ except PackageNotFoundError:  # a bare checkout
     __version__ = "0+unknown"
 
 __all__ = [
+    "ADM",
     "CORRECTORS",
     "DDIM",
+    "DDPM",
     "DEIS",
     "EDMSDE",
     "ERSDE",
@@ -138,6 +141,7 @@ __all__ = [
     "IDDPM",
     "LABELS",
     "MLP",
+    "NCSN",
     "NETWORKS",
     "PARAMETERIZATIONS",
     "PROBES",
@@ -175,6 +179,7 @@ __all__ = [
     "DPMpp3S",
     "DPMppSDE",
     "DataSpec",
+    "DiT",
     "DilutedProbes",
     "DormandPrince",
     "EulerMaruyama",
@@ -189,6 +194,8 @@ __all__ = [
     "LinearMultistep",
     "Midpoint",
     "Multistep",
+    "NCSNpp",
+    "NCSNv2",
     "Polyexponential",
     "Prediction",
     "PredictorCorrector",
@@ -231,6 +238,7 @@ __all__ = [
     "inpaint",
     "interpolate",
     "load_model",
+    "load_pretrained",
     "log_likelihood",
     "mmd2",
     "recommend",

@@ -134,8 +134,8 @@ class PredictorCorrector(Solver):
 
     Args:
         predictor: any fixed-step solver, its name, or None or "none" (the state is carried over: annealed Langevin).
-        corrector: a `Corrector`, its name, or None or "none". The default is right in any number of dimensions; the paper's own
-            choice for images is "langevin".
+        corrector: a `Corrector`, its name, or None or "none". The default is right in any number of dimensions; the
+            paper's own choice for images is "langevin".
         corrector_first: correct at t before the step, as the published code does; the paper's order is the default.
         snr: of a corrector given by its name.
         corrector_steps: number of moves of a corrector given by its name.

@@ -86,8 +86,9 @@ def load_pretrained(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"No such file or folder: {path}")
-    if _is_own(path):
-        return load_model(path, ema, device)
+    own = _own(path)
+    if own is not None:
+        return load_model(own, ema, device)
     if path.is_dir():
         found = _diffusers(path, size)
     else:
@@ -107,6 +108,14 @@ def load_pretrained(
                 "score_sde_pytorch, EDM, guided-diffusion, diffusers (a folder) and DiT."
             )
     return _ready(found, continuous, device)
+
+
+def from_edm_pickle(path: str | Path, continuous: bool = False) -> ScoreModel:
+    """A score model from one of EDM's network pickles, for conversion: see `scoresde.pretrained.edm_pickle`."""
+    from scoresde.pretrained import edm_pickle
+
+    state, preconditioning = edm_pickle.read(path)
+    return _ready(_edm(state, preconditioning), continuous, "cpu")
 
 
 def _ready(found: _Found, continuous: bool, device: str | torch.device) -> ScoreModel:
@@ -135,14 +144,18 @@ def _continuous(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-def _is_own(path: Path) -> bool:
+def _own(path: Path) -> Path | None:
+    """What `load_model` is to read, if this is ours."""
     if path.is_dir():
-        return (path / "state.json").is_file() or (path / "checkpoints").is_dir() or any(path.glob("step_*/state.json"))
+        run = (path / "state.json").is_file() or (path / "checkpoints").is_dir() or any(path.glob("step_*/state.json"))
+        if run or not (path / "model.safetensors").is_file():
+            return path if run else None
+        path = path / "model.safetensors"
     if path.suffix != ".safetensors":
-        return False
+        return None
     from scoresde.training.checkpoint import read_tensors
 
-    return read_tensors(path)[1] is not None
+    return path if read_tensors(path)[1] is not None else None
 
 
 def _read(path: Path) -> Any:
@@ -214,7 +227,12 @@ def _edm(state: dict[str, Tensor], preconditioning: str | None) -> _Found:
     if preconditioning == "ve":
         sde = {"name": "ve", "sigma_min": 0.02, "sigma_max": 100.0}
         return _Found(_model(name, options, sde, label="log_half_sigma"), convert)
-    return _Found(_model(name, options, diffusers.cosine_table(1000), levels=1000, label="index"), convert)
+    if "u" not in state:
+        raise ValueError("A state dict preconditioned as iDDPM has its table of levels, `u`; this one does not.")
+    # sigma / alpha of every level, the noisiest first, and 0
+    table = (1.0 / (1.0 + state["u"].double().flatten().square())).flip(0)[1:].tolist()
+    sde = {"name": "tabulated", "alphas_cumprod": table}
+    return _Found(_model(name, options, sde, levels=len(table), label="index"), convert)
 
 
 def _guided_diffusion(
@@ -319,12 +337,12 @@ def _score_sde(
     shipped = [name for name in configs.known() if name.split("/")[0] in ("ve", "vp", "subvp")]
     named = [name for name in shipped if name in path.as_posix()]
     for name in [max(named, key=len)] if named else shipped:
-        found = found_for(configs.load(name, overrides))
-        with torch.device("meta"):
-            network = ScoreModel.from_config(found.config).network
         try:
+            found = found_for(configs.load(name, overrides))
+            with torch.device("meta"):
+                network = ScoreModel.from_config(found.config).network
             found.convert(network)
-        except MismatchError:
+        except (configs.ConfigError, MismatchError):
             if named:
                 raise
             continue

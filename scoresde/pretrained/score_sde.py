@@ -6,6 +6,7 @@ the architecture, and here from ours.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def load_without_code(path: str | Path) -> Any:
     """`torch.load` that builds tensors, containers and NumPy scalars, and nothing else."""
     # the optimizer's learning rate was stored as a NumPy scalar
     scalar: Any = np.float64(0.0).__reduce__()[0]
-    with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype("float64"))]):
+    with torch.serialization.safe_globals([scalar, np.dtype, type(np.dtype("float64"))]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # of files that are refused right afterwards
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -1,0 +1,106 @@
+"""Models on the Hugging Face Hub: one safetensors file with its configuration, and a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from scoresde.pretrained.load import load_pretrained
+from scoresde.score_model import ScoreModel
+
+FILE = "model.safetensors"
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError("The Hub needs huggingface_hub: pip install 'scoresde[hub]'") from error
+    return huggingface_hub
+
+
+def save_pretrained(model: ScoreModel, folder: str | Path) -> Path:
+    """Write `model` as a folder that `from_pretrained` and `load_pretrained` read; returns the folder.
+
+    Raises:
+        ValueError: for a model that was put together in code, see `ScoreModel.config`.
+        OSError: if it cannot be written.
+    """
+    from scoresde.training.checkpoint import save_model
+
+    folder = Path(folder)
+    save_model(model, folder / FILE)
+    (folder / "README.md").write_text(card(model), encoding="utf-8")
+    return folder
+
+
+def card(model: ScoreModel) -> str:
+    """A model card: what the model is and how it is used."""
+    config = model.config()
+    network, sde = config["network"]["name"], config["sde"]["name"]
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    shape = " x ".join(map(str, model.data_spec.shape)) if model.data_spec is not None else "unknown"
+    levels = f", a chain of {config['levels']} levels" if config.get("levels") else ""
+    return (
+        "---\nlibrary_name: scoresde\ntags:\n- score-based-generative-model\n---\n\n# A score model\n\n"
+        f"Network `{network}` ({millions:.1f} M parameters), SDE `{sde}`{levels}, parameterization "
+        f"`{config.get('parameterization', 'v')}`, data {shape}.\n\n"
+        "```python\nimport scoresde\n\nmodel = scoresde.ScoreModel.from_pretrained(\"OWNER/NAME\")\n"
+        "best = scoresde.recommend(20)\n"
+        "images = model.sample(16, best.solver, nfe=20, grid=best.grid)\n```\n"
+    )
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | None = None,
+    **options: Any,
+) -> ScoreModel:
+    """A model from a local file or folder, or from the Hub; `options` go to `load_pretrained`.
+
+    Files are kept in the Hub's cache and found there without a network (HF_HUB_OFFLINE=1 or `local_files_only`). Only
+    safetensors and JSON files are fetched.
+
+    Raises:
+        ImportError: without huggingface_hub, for a name on the Hub.
+        FileNotFoundError: (the Hub's LocalEntryNotFoundError or RepositoryNotFoundError) if there is no such model.
+        ValueError: see `load_pretrained`.
+    """
+    if Path(name).exists():
+        return load_pretrained(name, **options)
+    folder = _hub().snapshot_download(
+        str(name),
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        token=token,
+        allow_patterns=["*.safetensors", "*.json"],
+    )
+    return load_pretrained(folder, **options)
+
+
+def push_to_hub(
+    model: ScoreModel, repo_id: str, *, private: bool = False, token: str | None = None, message: str = "Add model"
+) -> str:
+    """Upload `model` as OWNER/NAME, made if need be; returns the address of the commit.
+
+    Raises:
+        ImportError: without huggingface_hub.
+        ValueError: for a model that was put together in code.
+    """
+    api = _hub().HfApi(token=token)
+    with TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        card_ = Path(folder) / "README.md"
+        card_.write_text(card_.read_text(encoding="utf-8").replace("OWNER/NAME", repo_id), encoding="utf-8")
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+
+
+__all__ = ["card", "from_pretrained", "push_to_hub", "save_pretrained"]
+
