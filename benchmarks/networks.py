@@ -2,9 +2,9 @@
 
 ``python benchmarks/networks.py`` (some minutes on a CPU): the configuration ve/cifar10_ncsnpp_continuous, at reduced
 width on a CPU and at full width on a GPU, as eager, channels last, compiled and in bfloat16, beside an eager
-implementation of the same arithmetic as published: resampling by zeros, padding and a one-channel convolution, attention
-by einsum and softmax with the B x HW x HW matrix in memory. All rows share weights and data; the losses of a short
-training run show that the curves agree.
+implementation of the same arithmetic as published: resampling by zeros, padding and a one-channel convolution,
+attention by einsum and softmax with the B x HW x HW matrix in memory. All rows share weights and data; the losses of a
+short training run show that the curves agree.
 """
 
 from __future__ import annotations
