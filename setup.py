@@ -46,6 +46,7 @@ setup(
             *train,
             *plot,
             *hub,
+            "diffusers>=0.30",  # the oracle of its own format
             "import-linter",
             "ipykernel",
             "jupytext",
