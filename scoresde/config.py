@@ -89,6 +89,8 @@ def defaults() -> ml_collections.ConfigDict:
     t.ema_decay = 0.999
     t.accumulation = 1  # parts per optimizer step
     t.precision = "none"
+    t.channels_last = False  # images with their channels last in memory: faster convolutions on most devices
+    t.compile = False  # torch.compile the network: minutes at the start, then faster steps
     t.cpu = False  # stay on the CPU even if there is an accelerator
     t.log_every = 50
     t.eval_every = 500  # held-out loss; 0: never

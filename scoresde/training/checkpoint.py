@@ -380,7 +380,9 @@ def load_optimizer(
         name, _, field = key.rpartition("|")
         if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
             raise CheckpointError(f"Optimizer state {key!r} {tuple(value.shape)} in {where} does not fit the model.")
-        state.setdefault(name, {})[field] = value.clone()  # load_state_dict would share it
+        # a copy, which load_state_dict would share, in the layout of the parameter, which fused optimizers rely on
+        like = parameters[name] if value.ndim else value
+        state.setdefault(name, {})[field] = torch.empty_like(like, dtype=value.dtype, device="cpu").copy_(value)
     # by position, as torch numbers parameters over its groups; load_state_dict moves them to their devices
     numbers: dict[Tensor, int] = {}
     for group in optimizer.param_groups:

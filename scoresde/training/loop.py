@@ -240,6 +240,10 @@ class _Run:
             ckpt.clean(self.root)
             configs.save(config, workdir / "config.json")
         self.model.to(self.accelerator.device)
+        if self.section.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if self.section.compile:
+            self.model.network.compile()
         self.ema = EMA(self.model, self.section.ema_decay)
         t = self.section
         make: Any = lookup(OPTIMIZERS, t.optimizer, "optimizer")

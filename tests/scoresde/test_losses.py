@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from scoresde.losses import TIMES, chain_loss, continuous_loss
+from scoresde.losses import chain_loss, continuous_loss
 from sde_lib import (
     SDES,
     VESDE,
@@ -119,8 +119,28 @@ def test_importance_and_uniform_times_have_one_expectation(name, weighting):
         assert abs(importance - expected) < 1e-6 * expected
 
 
+@pytest.mark.parametrize("name", ["edm", "vp", "ve"])
+def test_lognormal_times(name):
+    """log(sigma / alpha) is normal, cut off at the ends of the SDE; stratified, its quantiles are a lattice's."""
+    law = LAWS[name]()
+    n = 4000
+    x_0, noise = torch.zeros(n, 1, dtype=torch.float64), torch.zeros(n, 1, dtype=torch.float64)
+    options = {"times": "lognormal", "log_sigma_mean": -0.4, "log_sigma_std": 1.5, "noise": noise}
+    t = continuous_loss(exact(law), x_0, rng=torch.Generator().manual_seed(0), **options).t
+    knot = law.knot(t.sort().values, ndim=1)
+    low, high = -law.knot(law.t_min).half_log_snr, -law.knot(law.t_max).half_log_snr
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    wanted = (-0.4 + 1.5 * torch.special.ndtri(u)).clamp(low, high)
+    middle = slice(n // 50, -n // 50)
+    torch.testing.assert_close(-knot.half_log_snr[middle], wanted[middle], rtol=0, atol=0.02)
+    assert low - 1e-9 <= float(-knot.half_log_snr[0]) and float(-knot.half_log_snr[-1]) <= high + 1e-9
+    for bad in ({"weighting": "likelihood"}, {"log_sigma_std": 0.0}):
+        with pytest.raises(ValueError, match="lognormal"):
+            continuous_loss(exact(law), x_0, **{**options, **bad})
+
+
 @pytest.mark.parametrize("name", ["vp", "ve"])
-@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("times", ["uniform", "importance"])
 def test_drawn_times_estimate_the_objective(name, times):
     """Independent draws, within 4.5 standard errors of the closed form."""
     law = LAWS[name]()

@@ -1,5 +1,6 @@
 """Laws that every network in the table obeys, and the U-Net's and the embeddings' own."""
 
+import inspect
 import math
 
 import pytest
@@ -111,14 +112,63 @@ def test_fresh_network_outputs_zero(name):
     assert float(net(x, label, class_label=classes).detach().abs().max()) == 0.0
 
 
-@each_network
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in WITHOUT_CLASSES)) for n in sorted(NETWORKS)]
+)
 def test_one_graph_under_compile(name):
-    """fullgraph fails on any graph break; the eager backend needs no compiler."""
+    """fullgraph fails on any graph break; "aot_eager" traces the backward pass too and needs no compiler."""
     net = network(name)
     x, label, classes = inputs(net)
     torch._dynamo.reset()
-    compiled = torch.compile(net, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, label, class_label=classes), net(x, label, class_label=classes))
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x.requires_grad_()
+    outs = [f(x, label, class_label=classes) for f in (net, compiled)]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    vector = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    products = [torch.autograd.grad(out, x, vector)[0] for out in outs]
+    torch.testing.assert_close(*products, rtol=1e-4, atol=1e-4 * float(products[0].abs().max()))
+
+
+@each_network
+def test_channels_last_changes_nothing_but_the_layout(name):
+    net = network(name).double()
+    x, label, classes = inputs(net, dtype=torch.float64)
+    if x.ndim != 4:
+        pytest.skip("no images")
+    plain = net(x, label, class_label=classes)
+    net = net.to(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = net(x, label, class_label=classes)
+    torch.testing.assert_close(out, plain, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.grad(out.sum(), x)[0].shape == x.shape
+
+
+FORGETFUL = [n for n in sorted(NETWORKS) if "checkpointing" in inspect.signature(NETWORKS[n]).parameters]
+
+
+@pytest.mark.parametrize("name", FORGETFUL)
+def test_checkpointing_gives_the_same_gradients_from_less_memory(name):
+    """Activations inside blocks are forgotten: fewer bytes are kept for the backward pass."""
+    results, kept = [], []
+    for flag in (False, True):
+        net = network(name, checkpointing=flag, dropout=0.0)
+        x, label, classes = inputs(net)
+        x.requires_grad_()
+        total = 0
+
+        def count(t):
+            nonlocal total
+            total += t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            out = net(x, label, class_label=classes)
+        kept.append(total)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, *(p.grad for p in net.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert kept[1] < 0.5 * kept[0]
 
 
 @each_network

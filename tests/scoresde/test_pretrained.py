@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from scoresde import VPSDE, DataSpec, ScoreModel, elbo, load_pretrained, save_model
+from scoresde import VPSDE, DataSpec, ScoreModel, continuous_loss, elbo, load_pretrained, save_model
 from scoresde.cli import main
 from scoresde.networks import ADM, NETWORKS, DiT, UNet
 from scoresde.networks.dit import published_names
@@ -89,6 +89,18 @@ def test_edm_denoisers(golden, name):
     if name == "edm_song_cond":
         plain = model.predict(x_in, knot).data
         assert float((plain - z["D_nolabels"]).detach().abs().max() / want.abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize(("kind", "name"), [("vp", "vp_song"), ("ve", "ve_ncsn"), ("edm", "edm_dhariwal")])
+def test_edm_losses(golden, kind, name):
+    """Their weights on the error of D make VP's and VE's losses that of the noise, EDM's that of the raw output."""
+    with np.load(golden / "edm.npz") as file:
+        z = {k: torch.from_numpy(file[f"loss/{kind}/{k}"]) for k in ("x0", "n", "sigma", "loss")}
+    model = load_pretrained(golden / f"edm_{name}.pt", preconditioning=kind)
+    t = model.law.time_at(-z["sigma"].double().flatten().log())
+    weighting = "raw" if kind == "edm" else "uniform"
+    found = continuous_loss(model, z["x0"], weighting=weighting, t=t, noise=z["n"])
+    torch.testing.assert_close(found.per_sample, z["loss"].flatten(1).mean(1), rtol=2e-4, atol=0)
 
 
 def test_edm_sampler_on_its_network(golden):

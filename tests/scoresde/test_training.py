@@ -69,6 +69,9 @@ VARIANTS = {
     "digits": DIGITS,
     "cosine": ["--config.training.decay=cosine", "--config.training.times=importance"],
     "chain": ["--config.sde.chain=100", "--config.training.optimizer=adam"],
+    "flipped": [*DIGITS, "--config.training.flip=True"],
+    "channels_last": [*DIGITS, "--config.training.channels_last=True"],
+    "lognormal": ["--config.training.times=lognormal", "--config.training.weighting=raw"],
     "bf16": ["--config.training.precision=bf16"],
 }
 
