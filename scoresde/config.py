@@ -185,14 +185,22 @@ def find(name: str) -> Path:
         for root in ROOTS:
             if (root / path).is_file():
                 return root / path
-        raise ConfigError(f"No configuration file {name!r}; shipped by name: {', '.join(known())}.")
+        raise ConfigError(f"No configuration file {name!r}; shipped by name: {_listed()}.")
     for root in ROOTS:
         candidate = root / f"{name}.py"
         if candidate.is_file():
             return candidate
     near = difflib.get_close_matches(name, known(), 3)
     meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise ConfigError(f"Unknown configuration {name!r}; known: {', '.join(known())}, or a path ending in .py.{meant}")
+    raise ConfigError(f"Unknown configuration {name!r}; known: {_listed()}, or a path ending in .py.{meant}")
+
+
+def _listed() -> str:
+    """Names for an error message: those of published experiments, in folders, are too many."""
+    names = known()
+    plain = [name for name in names if "/" not in name]
+    more = len(names) - len(plain)
+    return ", ".join(plain) + (f" and {more} of published experiments (`scoresde configs`)" if more else "")
 
 
 def load(name: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
