@@ -77,14 +77,16 @@ def test_labels_are_what_they_say():
         "half_log_snr": math.log(knot.alpha / knot.sigma),
         "log_sigma": math.log(knot.sigma / knot.alpha),
         "quarter_log_sigma": math.log(knot.sigma / knot.alpha) / 4,
+        "log_half_sigma": math.log(knot.sigma / knot.alpha / 2),
+        "index_down": 92,
     }
     for name in LABELS:
-        law = sde.discretize(100) if name == "index" else sde
+        law = sde.discretize(100) if name.startswith("index") else sde
         spy = Spy()
         model = ScoreModel(spy, law, "noise", name)
-        model(torch.zeros(4, 2), 7 if name == "index" else 0.3)
+        model(torch.zeros(4, 2), 7 if name.startswith("index") else 0.3)
         torch.testing.assert_close(spy.label, torch.full((4,), float(expected.get(name, 7))))
-        model(torch.zeros(2, 2), torch.tensor([7, 7]) if name == "index" else torch.tensor([0.3, 0.3]))
+        model(torch.zeros(2, 2), torch.tensor([7, 7]) if name.startswith("index") else torch.tensor([0.3, 0.3]))
         torch.testing.assert_close(spy.label, torch.full((2,), float(expected.get(name, 7))))
 
 
