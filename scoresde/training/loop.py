@@ -241,7 +241,7 @@ class _Run:
             configs.save(config, workdir / "config.json")
         self.model.to(self.accelerator.device)
         if self.section.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.section.compile:
             self.model.network.compile()
         self.ema = EMA(self.model, self.section.ema_decay)
