@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scoresde.networks.embeddings import zeroed
 from scoresde.networks.resampling import downsample, upsample
 
 
@@ -22,26 +23,22 @@ def group_norm(channels: int, groups: int | None = None, eps: float = 1e-5) -> n
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
-def initialised(module: nn.Conv2d | nn.Linear, scale: float = 1.0) -> nn.Conv2d | nn.Linear:
-    """Uniform weights of variance scale / mean(inputs, outputs), zero biases (Ho et al. 2020, Song et al. 2021).
+def conv(inputs: int, outputs: int, size: int = 3, zero: bool = False) -> nn.Conv2d:
+    """A convolution that keeps the resolution; `zero` makes a branch start as nothing."""
+    module = nn.Conv2d(inputs, outputs, size, padding=size // 2)
+    return zeroed(module) if zero else module  # type: ignore[return-value]
 
-    Scale 0 makes a branch start as nothing; the published code leaves a variance of 1e-10 there.
+
+def initialise_by_fans(network: nn.Module) -> None:
+    """Uniform weights of variance 1 / mean(inputs, outputs), zero biases; what starts at zero stays there.
+
+    Ho et al. 2020 and Song et al. 2021, whose code leaves a variance of 1e-10 instead of zero.
     """
-    weight = module.weight
-    if scale == 0.0:
-        nn.init.zeros_(weight)
-    else:
-        receptive = weight[0, 0].numel() if weight.ndim > 2 else 1
-        bound = math.sqrt(6.0 * scale / (receptive * (weight.shape[0] + weight.shape[1])))
-        nn.init.uniform_(weight, -bound, bound)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
-    return module
-
-
-def conv(inputs: int, outputs: int, size: int = 3, scale: float = 1.0) -> nn.Module:
-    """A convolution that keeps the resolution."""
-    return initialised(nn.Conv2d(inputs, outputs, size, padding=size // 2), scale)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not getattr(module, "starts_at_zero", False):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def joined(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
@@ -87,9 +84,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.scale_shift, self.rescale, self.resample, self.fir = scale_shift, rescale, resample, fir
         self.norm1, self.conv1 = group_norm(inputs, norm_groups, norm_eps), conv(inputs, outputs)
-        self.condition = initialised(nn.Linear(condition, 2 * outputs if scale_shift else outputs))
+        self.condition = nn.Linear(condition, 2 * outputs if scale_shift else outputs)
         self.norm2, self.dropout = group_norm(outputs, norm_groups, norm_eps), nn.Dropout(dropout)
-        self.conv2 = conv(outputs, outputs, scale=0.0)
+        self.conv2 = conv(outputs, outputs, zero=True)
         bare = inputs == outputs and not (resample and project)
         self.skip = nn.Identity() if bare else conv(inputs, outputs, 1)
 
@@ -138,7 +135,7 @@ class Attention(nn.Module):
         self.rescale = rescale
         self.norm = group_norm(channels, norm_groups, norm_eps)
         # output channels in the order (q, k, v) x heads x channels of a head
-        self.qkv, self.out = conv(channels, 3 * channels, 1), conv(channels, channels, 1, 0.0)
+        self.qkv, self.out = conv(channels, 3 * channels, 1), conv(channels, channels, 1, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
@@ -165,9 +162,9 @@ class Stage(nn.Module):
 class Outlet(nn.Module):
     """norm-silu-conv."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int | None, eps: float, scale: float = 0.0) -> None:
+    def __init__(self, inputs: int, outputs: int, groups: int | None, eps: float, zero: bool = True) -> None:
         super().__init__()
-        self.norm, self.conv = group_norm(inputs, groups, eps), conv(inputs, outputs, scale=scale)
+        self.norm, self.conv = group_norm(inputs, groups, eps), conv(inputs, outputs, zero=zero)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.silu(self.norm(x)))

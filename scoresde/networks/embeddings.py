@@ -172,6 +172,7 @@ def zeroed(module: nn.Module) -> nn.Module:
     """`module` with all parameters set to zero: a residual branch that starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
+    module.starts_at_zero = True  # type: ignore[assignment]
     return module
 
 

@@ -88,6 +88,7 @@ class NCSNpp(UNet):
             combine=combine,
             up_attention="last",
             norm_eps=1e-6,
+            init="fan_avg",
             checkpointing=checkpointing,
         )
 
@@ -137,6 +138,7 @@ class DDPM(UNet):
             up_attention=up_attention,
             norm_groups=32,
             norm_eps=1e-6,
+            init="fan_avg",
             checkpointing=checkpointing,
         )
 

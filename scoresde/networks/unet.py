@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scoresde.networks.blocks import Attention, Combine, Outlet, ResidualBlock, Stage, conv, joined
+from scoresde.networks.blocks import Attention, Combine, Outlet, ResidualBlock, Stage, conv, initialise_by_fans, joined
 from scoresde.networks.embeddings import CLASS_ENTRIES, EMBEDDINGS, Condition, check_count, check_dropout
 from scoresde.networks.resampling import DownConv, UpConv, downsample, upsample
 
@@ -18,6 +18,7 @@ RESAMPLINGS = ("convolution", "block")
 PYRAMIDS = ("none", "skip", "residual")
 COMBINES = ("sum", "cat")
 UP_ATTENTIONS = ("every", "last")
+INITS = ("torch", "fan_avg")
 
 
 class Down(nn.Module):
@@ -85,6 +86,8 @@ class UNet(nn.Module):
         norm_eps: added to the variance in norms.
         learned_variance: a second output of C channels, from which chains take a variance (Nichol & Dhariwal 2021,
             arXiv:2102.09672).
+        init: how weights start: "torch", its default, or "fan_avg", variances from the mean of inputs and outputs
+            (Ho et al. 2020; slower at first on the digits).
         checkpointing: forget activations inside blocks and compute them again for gradients: less memory, about a
             third more time.
 
@@ -124,6 +127,7 @@ class UNet(nn.Module):
         norm_groups: int | None = None,
         norm_eps: float = 1e-5,
         learned_variance: bool = False,
+        init: str = "torch",
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -139,6 +143,7 @@ class UNet(nn.Module):
             ("output_pyramid", output_pyramid, PYRAMIDS),
             ("combine", combine, COMBINES),
             ("up_attention", up_attention, UP_ATTENTIONS),
+            ("init", init, INITS),
         ):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
@@ -197,13 +202,15 @@ class UNet(nn.Module):
                 outlet = Outlet(now, out, norm_groups, norm_eps)
             elif output_pyramid == "residual":
                 enlarge = UpConv(image, now, fir) if image else None
-                outlet = None if image else Outlet(now, now, norm_groups, norm_eps, 1.0)
+                outlet = None if image else Outlet(now, now, norm_groups, norm_eps, zero=False)
                 image = now
             larger: nn.Module | None = None
             if level:
                 larger = block(now, now, "up") if resampling == "block" else UpConv(now, now, fir)
             self.up.append(Level(stages, enlarge, outlet, larger))
         self.outlet = None if output_pyramid == "skip" else Outlet(now, out, norm_groups, norm_eps)
+        if init == "fan_avg":
+            initialise_by_fans(self)
 
     def _check(
         self,
