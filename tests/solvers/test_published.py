@@ -19,12 +19,16 @@ import torch
 from oracles import gaussian, gaussian_weak_error, lambda_knots, observed_order
 from torch import Tensor
 
+from scoresde.pretrained import load_pretrained
+from scoresde.pretrained.diffusers import cosine_table
 from sde_lib import (
     DATA,
     EDMSDE,
     SDE,
     VESDE,
     VPSDE,
+    Chain,
+    DataPrediction,
     GaussianMixture,
     Knot,
     Law,
@@ -846,31 +850,25 @@ EDM_RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("run", "schedule", "tableau", "churn"), EDM_RUNS, ids=[r[0] for r in EDM_RUNS])
-def test_edm_ablation_sampler(golden, run, schedule, tableau, churn):
-    """ablation_sampler on the mixture: a Runge-Kutta tableau in the time of the schedule, on the recorded levels.
-
-    "linear" is sigma / alpha itself, "ve" its square, "vp" the time of a VP law fitted to the first and last level.
-    Their last step is Euler's to t = 0, which is the posterior mean only in sigma / alpha; it is written out here.
-    """
-    with np.load(golden / "edm.npz") as file:
-        g = {k: torch.from_numpy(file[k]) for k in ("gmm/means", "gmm/stds", "gmm/weights", "sampler/latents")}
-        want, called, noise = (torch.from_numpy(file[f"sampler/{run}/{k}"]) for k in ("x", "sigmas_called", "noise"))
-    calls = called.tolist()
-    # a Heun step's second call is at the next level; the midpoint's is between
-    levels = calls[::2] if tableau == "midpoint" else calls if tableau == "euler" else [calls[0], *calls[1::2]]
-    assert len(levels) == 8
+def ablation(g, run, schedule, tableau, churn, latents, rev_of, levels=None):
+    """A recorded run of ablation_sampler with our solver, at its recorded levels, or at `levels` where it has none."""
+    noise = g.get(f"sampler/{run}/noise", torch.zeros(0))
+    if levels is None:
+        calls = g[f"sampler/{run}/sigmas_called"].tolist()
+        # a Heun step's second call is at the next level; the midpoint's is between
+        levels = calls[::2] if tableau == "midpoint" else calls if tableau == "euler" else [calls[0], *calls[1::2]]
+        assert len(levels) == 8
     sde = edm_vp(levels) if schedule == "vp" else RootSDE() if schedule == "ve" else EDMSDE(1e-4, 200.0)
     coordinate = "noise_ratio" if schedule == "linear" else "time"
     solver = Heun(tableau, coordinate, churn, 0.05, 50.0, 1.003)
     knots = [sde.knot_at(-math.log(u)) for u in levels]
     seen = []
-    rev = mixture_of(g).reverse(sde)
+    rev = rev_of(sde)
     spy = ReverseSDE(sde, lambda x, k: (seen.append(k.sigma / k.alpha), rev.network(x, k))[1], rev.parameterization)
-    draw = Recorded(churned_rows(levels, noise, 0.05, 50.0) if churn else noise).bind(g["sampler/latents"])
-    # N = 8 counts the step to zero
+    draw = Recorded(churned_rows(levels, noise, 0.05, 50.0) if churn else noise).bind(latents)
+    # N counts the step to zero
     bound = solver.bind([*knots, DATA])
-    x = g["sampler/latents"] * (knots[0].sigma)
+    x = latents * (knots[0].sigma)
     for t, s in itertools.pairwise(knots):
         x = bound.step(spy, x, t, s, (), draw).x
     last = knots[-1]
@@ -882,8 +880,67 @@ def test_edm_ablation_sampler(golden, run, schedule, tableau, churn):
         assert float((x - p.data).abs().max()) > 1e-8  # not the mean: in sigma^2 it goes half the way
     else:
         x = p.data
-    torch.testing.assert_close(torch.tensor(seen).double(), called, rtol=1e-7, atol=0)
-    torch.testing.assert_close(x, want, rtol=1e-9, atol=1e-9)
+    return x, torch.tensor(seen).double()
+
+
+@pytest.mark.parametrize(("run", "schedule", "tableau", "churn"), EDM_RUNS, ids=[r[0] for r in EDM_RUNS])
+def test_edm_ablation_sampler(golden, run, schedule, tableau, churn):
+    """ablation_sampler on the mixture: a Runge-Kutta tableau in the time of the schedule, on the recorded levels.
+
+    "linear" is sigma / alpha itself, "ve" its square, "vp" the time of a VP law fitted to the first and last level.
+    Their last step is Euler's to t = 0, which is the posterior mean only in sigma / alpha; it is written out here.
+    """
+    g = load(golden / "edm.npz")
+    mixture = mixture_of(g)
+    x, seen = ablation(g, run, schedule, tableau, churn, g["sampler/latents"], mixture.reverse)
+    torch.testing.assert_close(seen, g[f"sampler/{run}/sigmas_called"], rtol=1e-7, atol=0)
+    torch.testing.assert_close(x, g[f"sampler/{run}/x"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("run", "schedule", "tableau", "network", "preconditioning"),
+    [
+        ("net_vp", "vp", "heun", "vp_song", "vp"),
+        ("net_ve", "ve", "euler", "ve_ncsn", "ve"),
+        ("net_iddpm", "linear", "heun", "iddpm_dhariwal", "iddpm"),
+    ],
+)
+def test_edm_ablation_sampler_on_networks(golden, run, schedule, tableau, network, preconditioning):
+    """The same with EDM's networks as `load_pretrained` gives them, in their float32, at six levels of its
+    discretizations (Karras et al. 2022, Table 1, "time steps")."""
+    g = load(golden / "edm.npz")
+    model = load_pretrained(golden / f"edm_{network}.pt", preconditioning=preconditioning)
+    law = model.law
+
+    def denoise(x, knot):
+        """D(y; u) at y = x / alpha and u = sigma / alpha of the run, asked of the model at its own knot of that u."""
+        y, u = (x / knot.alpha).float(), knot.sigma / knot.alpha
+        if isinstance(law, Chain):
+            at = law.knot(int((law.sigma / law.alpha - u).abs().argmin()))
+            return (y - u * model.raw(y / math.sqrt(1.0 + u * u), at)).double()
+        at = law.knot_at(-math.log(u))
+        return model.predict(y * at.alpha, at).data.double()
+
+    if schedule == "vp":
+        times = torch.linspace(1.0, 1e-3, 6, dtype=torch.float64)
+        levels = torch.expm1(0.5 * 19.9 * times**2 + 0.1 * times).sqrt()
+    elif schedule == "ve":
+        levels = 100.0 * (0.02 / 100.0) ** (torch.arange(6, dtype=torch.float64) / 5)
+    else:
+        bar = torch.tensor(cosine_table(1000)["alphas_cumprod"], dtype=torch.float64)
+        table = (1.0 / bar - 1.0).sqrt().flip(0)
+        table = table[table <= 81.0]
+        levels = table[((len(table) - 1) / 5 * torch.arange(6)).round().long()]
+        ratio = law.sigma / law.alpha
+        levels = ratio[(ratio[None] - levels[:, None]).abs().argmin(1)]  # rounded to the network's own table
+    latents = g["sampler/latents16"]
+    with torch.no_grad():
+        x, _ = ablation(
+            g, run, schedule, tableau, 0.0, latents, lambda sde: ReverseSDE(sde, denoise, DataPrediction()),
+            levels.tolist(),
+        )  # fmt: skip
+    want = g[f"sampler/{run}/x"]
+    assert float((x - want).abs().max()) < 2e-5 * float(want.abs().max())
 
 
 # --- score_sde_pytorch: every recorded update, and what it does to a run --------------------------------------------
