@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
-SLOW = ("02_comparing_solvers", "04_likelihood_of_digits")
-"""Those that train networks on images for minutes."""
+SLOW = ("01_forward_and_reverse", "02_comparing_solvers", "04_likelihood_of_digits")
+"""Those that train networks, for a minute or more."""
 
 
 @pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda p: p.stem)
