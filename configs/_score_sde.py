@@ -15,6 +15,7 @@ def get_config():
     c.data.arrays.layout = "NHWC"
     c.data.shape = (3, 32, 32)
     c.network.name = "ncsnpp"
+    c.network.ddpm.up_attention = "last"
     c.model.parameterization = "noise"
     c.model.input_scaling = "none"
     t = c.training

@@ -485,10 +485,9 @@ def make_exact(
     )
 
 
-def make_model(config: ml_collections.ConfigDict, spec: DataSpec) -> ScoreModel:
-    """The score model with fresh weights, drawn from torch's global generator."""
+def model_config(config: ml_collections.ConfigDict, spec: DataSpec) -> dict[str, Any]:
+    """What `ScoreModel.from_config` takes."""
     from scoresde.networks import NETWORKS
-    from scoresde.score_model import ScoreModel
     from sde_lib import SDES
 
     name = config.network.name
@@ -496,15 +495,21 @@ def make_model(config: ml_collections.ConfigDict, spec: DataSpec) -> ScoreModel:
     options = {**to_dict(config.network[name]), "shape": list(spec.shape), "num_classes": spec.num_classes}
     sde = config.sde.name
     lookup_entry(SDES, sde, "sde")
-    plain = {
+    return {
         **to_dict(config.model),
         "network": {"name": name, name: _set(options)},
         "sde": {"name": sde, sde: _set(to_dict(config.sde[sde]))},
         "levels": config.sde.chain or 0,
         "data_spec": {**asdict(spec), "shape": list(spec.shape)},
     }
+
+
+def make_model(config: ml_collections.ConfigDict, spec: DataSpec) -> ScoreModel:
+    """The score model with fresh weights, drawn from torch's global generator."""
+    from scoresde.score_model import ScoreModel
+
     try:
-        return ScoreModel.from_config(plain)
+        return ScoreModel.from_config(model_config(config, spec))
     except (TypeError, ValueError) as error:
         raise ConfigError(_one_line(error)) from error
 

@@ -249,10 +249,10 @@ class ScoreModel(nn.Module):
         if not self.learned_variance or not isinstance(self.law, Chain):
             raise ValueError("`log_variance` needs a network with a learned variance on a chain.")
         out = self._network(x, knot, condition)[:, x.shape[1] :]
-        at = torch.as_tensor(knot.label, device=self.law.betas.device).cpu()
-        large, small = self.law.betas[at].log(), 2.0 * self.law.posterior_std[at.clamp(min=1)].log()
-        share = 0.5 * (out + 1.0)
-        return share * large.to(out) + (1.0 - share) * small.to(out)
+        at = torch.as_tensor(knot.label, device=out.device)
+        betas, std = self.law.betas.to(out.device), self.law.posterior_std.to(out.device)
+        large, small = betas[at].log(), 2.0 * std[at.clamp(min=1)].log()
+        return torch.lerp(small.to(out), large.to(out), 0.5 * (out + 1.0))
 
     @property
     def dtype(self) -> torch.dtype:

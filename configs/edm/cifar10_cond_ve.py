@@ -8,11 +8,7 @@ from scoresde.config import load
 
 
 def get_config():
-    c = load("edm/_cifar10")
+    c = load("edm/cifar10_uncond_ve")
     c.data.arrays.labels_key = "labels"
     c.training.class_dropout = 0.0
-    n = c.network.ncsnpp
-    n.embedding = "fourier"
-    n.fir = True
-    n.input_pyramid = "residual"
     return c

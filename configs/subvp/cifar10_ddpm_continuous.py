@@ -10,5 +10,4 @@ from scoresde.config import load
 def get_config():
     c = load("subvp/_cifar10")
     c.network.name = "ddpm"
-    c.network.ddpm.up_attention = "last"
     return c

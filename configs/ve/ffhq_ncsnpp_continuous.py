@@ -8,6 +8,4 @@ from scoresde.config import load
 
 
 def get_config():
-    c = load("ve/_1024")
-    c.network.ncsnpp.blocks = 1
-    return c
+    return load("ve/_1024")

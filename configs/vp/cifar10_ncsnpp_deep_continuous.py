@@ -8,10 +8,7 @@ from scoresde.config import load
 
 
 def get_config():
-    c = load("vp/_cifar10")
-    n = c.network.ncsnpp
-    n.fir = True
-    n.input_pyramid = "residual"
+    c = load("vp/cifar10_ncsnpp_continuous")
     c.network.ncsnpp.blocks = 8
     c.training.steps = 950_000
     return c

@@ -142,8 +142,7 @@ class Attention(nn.Module):
         # pixels before channels: a view where tensors are channels last
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(b, height * width, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        h = F.scaled_dot_product_attention(q, k, v)
-        h = h.transpose(1, 2).reshape(b, height, width, c).permute(0, 3, 1, 2)
+        h = F.scaled_dot_product_attention(q, k, v).mT.reshape(b, c, height, width)
         return joined(x, self.out(h), self.rescale)
 
 

@@ -159,7 +159,7 @@ class DiT(nn.Module):
 
     Attention is torch's fused one where there is one. That has no second derivatives, no forward mode, and loops over
     batches of gradients with a warning: evaluate the network under ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``
-    for those (differentiable likelihoods, exact divergences).
+    for those, as `divergence` and the likelihoods do by themselves.
 
     Initial values are those of the paper's code: Xavier uniform weights, zero biases, N(0, 0.02^2) for the class table
     and the label's two maps, zeros for all modulations and the last map.

@@ -139,12 +139,10 @@ class Condition(nn.Module):
         h = self.label(label).to(self.first.weight.dtype)
         if augment_label is not None:
             wanted = (len(label), self.augmentations)
-            if self.augment is None or augment_label.shape != wanted:
-                raise ValueError(
-                    f"`augment_label` must have shape {wanted}, got {tuple(augment_label.shape)}."
-                    if self.augment is not None
-                    else "This network was built without augmentations: call it without `augment_label`."
-                )
+            if self.augment is None:
+                raise ValueError("This network was built without augmentations: call it without `augment_label`.")
+            if augment_label.shape != wanted:
+                raise ValueError(f"`augment_label` must have shape {wanted}, got {tuple(augment_label.shape)}.")
             h = h + self.augment(augment_label.to(h.dtype))
         classes = self._classes(label, class_label)
         if classes is not None and self.class_entry == "features":

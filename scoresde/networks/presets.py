@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scoresde.networks.embeddings import EMBEDDINGS
 from scoresde.networks.unet import UNet
 
 
@@ -62,8 +61,6 @@ class NCSNpp(UNet):
         augmentations: int = 0,
         checkpointing: bool = False,
     ) -> None:
-        if embedding not in EMBEDDINGS:
-            raise ValueError(f"`embedding` must be one of {', '.join(EMBEDDINGS)}, got {embedding!r}.")
         super().__init__(
             shape,
             num_classes,

@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FIR = (1.0, 3.0, 3.0, 1.0)
-"""The separable binomial filter (Zhang 2019, arXiv:1904.11486; Karras et al. 2020, arXiv:1912.04958)."""
-
 
 def _kernel(like: Tensor, gain: float = 1.0) -> Tensor:
-    """The two-dimensional filter, one per channel, (C, 1, 4, 4)."""
-    taps = torch.tensor(FIR, dtype=like.dtype, device=like.device)
+    """The separable binomial filter (Zhang 2019, arXiv:1904.11486; Karras et al. 2020, arXiv:1912.04958), one per
+    channel, (C, 1, 4, 4)."""
+    # [1, 3, 3, 1], made on the device: a list would be copied there from the host, which waits for it
+    taps = 4.0 - 2.0 * (torch.arange(4, dtype=like.dtype, device=like.device) - 1.5).abs()
     kernel = torch.outer(taps, taps) * (gain / taps.sum() ** 2)
     return kernel.expand(like.shape[1], 1, 4, 4)
 

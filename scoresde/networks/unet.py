@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scoresde.networks.blocks import Attention, Combine, Outlet, ResidualBlock, Stage, conv, initialise_by_fans, joined
-from scoresde.networks.embeddings import CLASS_ENTRIES, EMBEDDINGS, Condition, check_count, check_dropout
+from scoresde.networks.embeddings import Condition, check_count, check_dropout
 from scoresde.networks.resampling import DownConv, UpConv, downsample, upsample
 
 CONDITIONINGS = ("scale_shift", "add")
@@ -136,8 +136,6 @@ class UNet(nn.Module):
         self._check(multipliers, attention, channels, blocks, dropout, head_channels, heads)
         for name, value, known in (
             ("conditioning", conditioning, CONDITIONINGS),
-            ("embedding", embedding, EMBEDDINGS),
-            ("class_entry", class_entry, CLASS_ENTRIES),
             ("resampling", resampling, RESAMPLINGS),
             ("input_pyramid", input_pyramid, PYRAMIDS),
             ("output_pyramid", output_pyramid, PYRAMIDS),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +13,8 @@ from scoresde.networks.blocks import Stage
 from scoresde.networks.embeddings import FourierEmbedding
 from scoresde.networks.resampling import DownConv, UpConv
 from scoresde.networks.unet import Down, UNet
-from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, stacked, swapped
+from scoresde.pretrained import schedules
+from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, stacked, swapped, with_null
 
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 3, "out_channels": 3, "center_input_sample": False, "time_embedding_type": "positional",
@@ -119,11 +118,6 @@ def entries(network: UNet, sine_first: bool) -> Iterator[Entry]:
     yield from names.pair(network.condition.first, "time_embedding.linear_1", swapped if sine_first else stacked)
     yield from names.pair(network.condition.second, "time_embedding.linear_2")
     if network.condition.classes is not None:
-
-        def with_null(table: Tensor) -> Tensor:
-            """The published models have no null class: zeros."""
-            return stacked(table, table.new_zeros(1, table.shape[1]))
-
         yield Entry(f"{names(network.condition.classes)}.weight", ("class_embedding.weight",), with_null)
     yield from names.pair(network.inlet, "conv_in")
     level, block = 0, 0
@@ -165,7 +159,7 @@ def entries(network: UNet, sine_first: bool) -> Iterator[Entry]:
 
 def _residual(names: Names, block: Any, here: str) -> Iterator[Entry]:
     parts = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
-    yield from names.residual(block, tuple(f"{here}.{p}" for p in parts))  # type: ignore[arg-type]
+    yield from names.residual(block, here, parts)
 
 
 def _stage(names: Names, stage: Any, here: str, block: int, attention: int | None = None) -> Iterator[Entry]:
@@ -188,24 +182,12 @@ def chain(scheduler: Mapping[str, Any], n: int) -> dict[str, Any]:
     if scheduler.get("rescale_betas_zero_snr"):
         raise MismatchError("`rescale_betas_zero_snr` has no counterpart here.")
     if scheduler.get("trained_betas"):
-        betas = list(scheduler["trained_betas"])
-    elif schedule == "linear":
-        return {"name": "vp", "beta_min": n * start, "beta_max": n * end}
-    elif schedule == "scaled_linear":
+        return schedules.of_betas(scheduler["trained_betas"])
+    if schedule == "linear":
+        return schedules.linear(n, start, end)
+    if schedule == "scaled_linear":
         low, high = math.sqrt(start), math.sqrt(end)
-        betas = [(low + (high - low) * i / (n - 1)) ** 2 for i in range(n)]
-    elif schedule == "squaredcos_cap_v2":
-        return cosine_table(n)
-    else:
-        raise MismatchError(f"`beta_schedule` = {schedule!r} has no counterpart here.")
-    return {"name": "tabulated", "alphas_cumprod": list(itertools.accumulate((1.0 - b for b in betas), operator.mul))}
-
-
-def cosine_table(n: int) -> dict[str, Any]:
-    """The cosine schedule of Nichol & Dhariwal 2021 (arXiv:2102.09672, eq. 17), betas at most 0.999."""
-
-    def squared(i: int) -> float:
-        return math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    betas = (min(1.0 - squared(i + 1) / squared(i), 0.999) for i in range(n))
-    return {"name": "tabulated", "alphas_cumprod": list(itertools.accumulate((1.0 - b for b in betas), operator.mul))}
+        return schedules.of_betas((low + (high - low) * i / (n - 1)) ** 2 for i in range(n))
+    if schedule == "squaredcos_cap_v2":
+        return schedules.cosine(n)
+    raise MismatchError(f"`beta_schedule` = {schedule!r} has no counterpart here.")

@@ -14,7 +14,7 @@ from scoresde.networks import ADM
 from scoresde.networks.blocks import Outlet, Stage
 from scoresde.networks.embeddings import FourierEmbedding
 from scoresde.networks.unet import Down, UNet
-from scoresde.pretrained.mapping import Entry, Names, convert, stacked, swapped
+from scoresde.pretrained.mapping import Entry, Names, convert, stacked, swapped, with_null
 
 # buffers: resampling filters, and the level table of the iDDPM preconditioner
 _IGNORED = ("resample_filter", "u", "sigma_min", "sigma_max")
@@ -92,7 +92,7 @@ def entries(network: UNet) -> Iterator[Entry]:
     if condition.classes is not None:
         target = f"{names(condition.classes)}.weight"
         if adm:
-            yield Entry(target, ("map_label.weight",), lambda t: torch.cat([t.T, t.new_zeros(1, len(t))]))
+            yield Entry(target, ("map_label.weight",), lambda t: with_null(t.T))
         else:
             yield Entry(target, ("map_label.weight", "map_label.bias"), _song_classes)
     yield from _encoder(network, names)
@@ -113,7 +113,7 @@ def _sides(network: UNet) -> list[str]:
 def _stage(names: Names, stage: Any, published: str) -> Iterator[Entry]:
     block = stage.block if isinstance(stage, Stage) else stage
     parts = ("norm0", "conv0", "affine", "norm1", "conv1", "skip")
-    yield from names.residual(block, tuple(f"{published}.{p}" for p in parts))  # type: ignore[arg-type]
+    yield from names.residual(block, published, parts)
     attention = stage.attention if isinstance(stage, Stage) else None
     if attention is not None:
         heads = attention.heads

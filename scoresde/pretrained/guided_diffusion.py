@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scoresde.networks.blocks import Attention, ResidualBlock, Stage
 from scoresde.networks.resampling import DownConv, UpConv
 from scoresde.networks.unet import Down, UNet
-from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, stacked
+from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, stacked, with_null
 
 SIZES = {4: 64, 5: 128, 6: 256, 7: 512}
 """Number of resolutions -> side of the images, in the published models."""
@@ -29,16 +29,16 @@ def is_guided_diffusion(state: Mapping[str, Any]) -> bool:
     return "input_blocks.0.0.weight" in state and "time_embed.0.weight" in state and "out.2.weight" in state
 
 
-def architecture(state: Mapping[str, Tensor], size: int | None = None, heads: int = 0) -> dict[str, Any]:
+def architecture(state: Mapping[str, Tensor], size: int | None = None, heads: int | None = None) -> dict[str, Any]:
     """Options of `ADM`, read from names and shapes.
 
     The side of the images and the heads of attention leave no trace: by default the side is that of the published model
-    with as many resolutions, and heads have 64 channels.
+    with as many resolutions, and the heads are those of the published model of that side.
 
     Args:
         state: published name -> tensor.
         size: side of the images.
-        heads: number of heads of attention (4 in the published 128 x 128 model); 0: 64 channels each.
+        heads: number of heads of attention; 0: 64 channels each.
     """
     channels, data = state["input_blocks.0.0.weight"].shape[:2]
     outputs = 1 + max(int(m[1]) for n in state if (m := re.match(r"output_blocks\.(\d+)\.", n)))
@@ -63,7 +63,7 @@ def architecture(state: Mapping[str, Tensor], size: int | None = None, heads: in
         "blocks": per_level - 1,
         "attention": tuple(size >> k for k, i in enumerate(first) if f"input_blocks.{i}.1.qkv.weight" in state),
         "head_channels": 64,
-        "heads": heads,
+        "heads": PUBLISHED.get(size, {}).get("heads", 0) if heads is None else heads,
         "dropout": 0.0,
         "resampling": "convolution" if any(n.endswith(".op.weight") for n in state) else "block",
         "conditioning": "scale_shift"
@@ -95,11 +95,6 @@ def entries(network: UNet, new_order: bool = False) -> Iterator[Entry]:
     yield from names.pair(network.condition.first, "time_embed.0")
     yield from names.pair(network.condition.second, "time_embed.2")
     if network.condition.classes is not None:
-
-        def with_null(table: Tensor) -> Tensor:
-            """The published models have no null class: zeros."""
-            return stacked(table, table.new_zeros(1, table.shape[1]))
-
         yield Entry(f"{names(network.condition.classes)}.weight", ("label_emb.weight",), with_null)
     yield from names.pair(network.inlet, "input_blocks.0.0")
     stage: Any
@@ -131,7 +126,7 @@ def _part(names: Names, part: nn.Module, before: str, place: int, convolution: s
     block: Any = part.block if isinstance(part, Stage) else part
     assert isinstance(block, ResidualBlock)
     inner = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
-    yield from names.residual(block, tuple(f"{here}.{p}" for p in inner))  # type: ignore[arg-type]
+    yield from names.residual(block, here, inner)
     attention: Any = part.attention if isinstance(part, Stage) else None
     if attention is not None:
         after = f"{before}.{place + 1}"

@@ -20,8 +20,10 @@ def _hub() -> Any:
     return huggingface_hub
 
 
-def save_pretrained(model: ScoreModel, folder: str | Path) -> Path:
+def save_pretrained(model: ScoreModel, folder: str | Path, name: str = "OWNER/NAME") -> Path:
     """Write `model` as a folder that `from_pretrained` and `load_pretrained` read; returns the folder.
+
+    `name` is what its card calls the model.
 
     Raises:
         ValueError: for a model that was put together in code, see `ScoreModel.config`.
@@ -31,24 +33,25 @@ def save_pretrained(model: ScoreModel, folder: str | Path) -> Path:
 
     folder = Path(folder)
     save_model(model, folder / FILE)
-    (folder / "README.md").write_text(card(model), encoding="utf-8")
+    (folder / "README.md").write_text(card(model, name), encoding="utf-8")
     return folder
 
 
-def card(model: ScoreModel) -> str:
+def card(model: ScoreModel, name: str = "OWNER/NAME") -> str:
     """A model card: what the model is and how it is used."""
     config = model.config()
     network, sde = config["network"]["name"], config["sde"]["name"]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     shape = " x ".join(map(str, model.data_spec.shape)) if model.data_spec is not None else "unknown"
     levels = f", a chain of {config['levels']} levels" if config.get("levels") else ""
+    grid = "" if levels else ", grid=best.grid"  # a chain is its own
     return (
         "---\nlibrary_name: scoresde\ntags:\n- score-based-generative-model\n---\n\n# A score model\n\n"
         f"Network `{network}` ({millions:.1f} M parameters), SDE `{sde}`{levels}, parameterization "
         f"`{config.get('parameterization', 'v')}`, data {shape}.\n\n"
-        "```python\nimport scoresde\n\nmodel = scoresde.ScoreModel.from_pretrained(\"OWNER/NAME\")\n"
+        f"```python\nimport scoresde\n\nmodel = scoresde.ScoreModel.from_pretrained(\"{name}\")\n"
         "best = scoresde.recommend(20)\n"
-        "images = model.sample(16, best.solver, nfe=20, grid=best.grid)\n```\n"
+        f"images = model.sample(16, best.solver, nfe=20{grid})\n```\n"
     )
 
 
@@ -95,9 +98,7 @@ def push_to_hub(
     """
     api = _hub().HfApi(token=token)
     with TemporaryDirectory() as folder:
-        save_pretrained(model, folder)
-        card_ = Path(folder) / "README.md"
-        card_.write_text(card_.read_text(encoding="utf-8").replace("OWNER/NAME", repo_id), encoding="utf-8")
+        save_pretrained(model, folder, repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
 

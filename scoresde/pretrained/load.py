@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scoresde.pretrained import diffusers, dit, edm, guided_diffusion, score_sde
+from scoresde.networks import NETWORKS
+from scoresde.pretrained import diffusers, dit, edm, guided_diffusion, schedules, score_sde
 from scoresde.pretrained.mapping import MismatchError, scaled_output
-from scoresde.score_model import ScoreModel
+from scoresde.score_model import DataSpec, ScoreModel
+from sde_lib import SDES, build
 
 PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm")
 
-_EIGHT_BIT = {"shift": 128.0, "scale": 127.5, "levels": 256}
+_EIGHT_BIT: dict[str, Any] = {"shift": 128.0, "scale": 127.5, "levels": 256}
 """The middles k + 1/2 of the bins of 8-bit data are the values k / 127.5 - 1 that published models were trained on."""
-_LINEAR = {"name": "vp", "beta_min": 0.1, "beta_max": 20.0}
-"""Ho et al. 2020: betas from 0.1 / n to 20 / n."""
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,22 @@ def load_pretrained(
     own = _own(path)
     if own is not None:
         return load_model(own, ema, device)
-    if path.is_dir():
+    stored = None if path.is_dir() else _read(path)
+    if stored is None:
         found = _diffusers(path, size)
+    elif score_sde.is_checkpoint(stored):
+        found = _score_sde(stored, path, config, overrides, ema)
+    elif edm.is_edm(state := _tensors(stored, path)):
+        found = _edm(state, preconditioning)
+    elif guided_diffusion.is_guided_diffusion(state):
+        found = _guided_diffusion(state, size, schedule, heads, new_attention_order)
+    elif dit.is_dit(state):
+        found = _dit(state, size)
     else:
-        stored = _read(path)
-        if isinstance(stored, Mapping) and {"model", "ema"} <= set(stored):
-            return _ready(_score_sde(stored, path, config, overrides, ema), continuous, device)
-        state = _tensors(stored, path)
-        if edm.is_edm(state):
-            found = _edm(state, preconditioning)
-        elif guided_diffusion.is_guided_diffusion(state):
-            found = _guided_diffusion(state, size, schedule, heads, new_attention_order)
-        elif dit.is_dit(state):
-            found = _dit(state, size)
-        else:
-            raise ValueError(
-                f"{path} holds tensors in no known format (first: {', '.join(list(state)[:3])}). Known are scoresde, "
-                "score_sde_pytorch, EDM, guided-diffusion, diffusers (a folder) and DiT."
-            )
+        raise ValueError(
+            f"{path} holds tensors in no known format (first: {', '.join(list(state)[:3])}). Known are scoresde, "
+            "score_sde_pytorch, EDM, guided-diffusion, diffusers (a folder) and DiT."
+        )
     return _ready(found, continuous, device)
 
 
@@ -136,8 +134,6 @@ def _continuous(plain: Mapping[str, Any]) -> dict[str, Any]:
         return dict(plain)
     if plain["sde"]["name"] == "ve":  # geometric levels are the SDE's own
         return {**plain, "levels": 0, "label_levels": levels}
-    from sde_lib import SDES, build
-
     chain = build(SDES, plain["sde"], "sde").discretize(levels)
     table = {"alphas_cumprod": chain.alphas_cumprod.tolist()}
     return {**plain, "sde": {"name": "tabulated", "tabulated": table}, "levels": 0, "label_levels": levels}
@@ -153,9 +149,9 @@ def _own(path: Path) -> Path | None:
         path = path / "model.safetensors"
     if path.suffix != ".safetensors":
         return None
-    from scoresde.training.checkpoint import read_tensors
+    from scoresde.training.checkpoint import read_config
 
-    return path if read_tensors(path)[1] is not None else None
+    return path if read_config(path) is not None else None
 
 
 def _read(path: Path) -> Any:
@@ -242,21 +238,20 @@ def _guided_diffusion(
     heads: int | None,
     new_order: bool | None,
 ) -> _Found:
-    options = guided_diffusion.architecture(state, size)
+    options = guided_diffusion.architecture(state, size, heads)
     published = guided_diffusion.PUBLISHED.get(options["shape"][1], {})
-    options["heads"] = published.get("heads", 0) if heads is None else heads
     order = published.get("new_order", False) if new_order is None else new_order
     schedule = published.get("schedule", "linear") if schedule is None else schedule
     if schedule not in ("linear", "cosine"):
         raise ValueError(f'`schedule` must be "linear" or "cosine", got {schedule!r}.')
-    sde = dict(_LINEAR) if schedule == "linear" else diffusers.cosine_table(1000)
+    sde = schedules.linear() if schedule == "linear" else schedules.cosine()
     plain = _model("adm", options, sde, levels=1000, label="index")
     return _Found(plain, lambda network: guided_diffusion.convert_state(network, state, order))
 
 
 def _dit(state: dict[str, Tensor], size: int | None) -> _Found:
     options = dit.architecture(state, size)
-    plain = _model("dit", options, dict(_LINEAR), levels=1000, label="index")
+    plain = _model("dit", options, schedules.linear(), levels=1000, label="index")
     plain["data_spec"] = {"shape": list(options["shape"]), "num_classes": options["num_classes"]}  # latents
     return _Found(plain, lambda network: dit.convert_state(network, state))
 
@@ -313,17 +308,11 @@ def _score_sde(
     stored: Mapping[str, Any], path: Path, config: Any, overrides: Sequence[str], ema: bool
 ) -> _Found:
     from scoresde import config as configs
-    from scoresde.score_model import DataSpec
 
     state = score_sde.network_tensors(stored, str(path), ema)
 
-    def plain_of(chosen: Any) -> dict[str, Any]:
-        shape = tuple(chosen.data.shape)
-        with torch.device("meta"):
-            return configs.make_model(chosen, DataSpec(shape, 128.0, 127.5, 256)).config()
-
     def found_for(chosen: Any) -> _Found:
-        plain = plain_of(chosen)
+        plain = configs.model_config(chosen, DataSpec(tuple(chosen.data.shape), **_EIGHT_BIT))
 
         def convert(network: nn.Module) -> dict[str, Tensor]:
             return score_sde.converted(network, state, plain["sde"]["name"] == "ve")
@@ -340,9 +329,9 @@ def _score_sde(
         try:
             found = found_for(configs.load(name, overrides))
             with torch.device("meta"):
-                network = ScoreModel.from_config(found.config).network
+                network = build(NETWORKS, found.config["network"], "network")
             found.convert(network)
-        except (configs.ConfigError, MismatchError):
+        except (ValueError, TypeError):  # of tensors, or of overrides made for another experiment
             if named:
                 raise
             continue

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,15 +62,13 @@ def convert(
         used.update(entry.parts)
         shapes = ", ".join(f"{name} {tuple(state[name].shape)}" for name in entry.parts)
         wanted = own[entry.target].shape
-        try:
+        value: Tensor | None = None
+        with contextlib.suppress(RuntimeError, IndexError):  # of a change made for other shapes
             value = entry.change(*(state[name] for name in entry.parts))
-        except (RuntimeError, IndexError):  # a change made for other shapes
+        if value is None or value.shape != wanted:
             misshapen.append(f"{shapes} for {tuple(wanted)} here")
-            continue
-        if value.shape != wanted:
-            misshapen.append(f"{shapes} for {tuple(wanted)} here")
-            continue
-        result[entry.target] = value.clone()
+        else:
+            result[entry.target] = value.clone()
     endings = tuple(ignored)
     left = [name for name in state if name not in used and not (endings and name.endswith(endings))]
     found = (("missing", missing), ("unexpected", left), ("of another shape", misshapen))
@@ -100,12 +99,12 @@ class Names:
         if getattr(module, "bias", None) is not None:
             yield Entry(f"{self(module)}.bias", (f"{published}.bias",))
 
-    def residual(self, block: ResidualBlock, names: tuple[str, str, str, str, str, str]) -> Iterator[Entry]:
-        """Entries of a block, with the published names of its two norms, convolutions, the condition and the skip."""
-        parts = (block.norm1, block.conv1, block.condition, block.norm2, block.conv2, block.skip)
-        for module, name in zip(parts, names, strict=True):
+    def residual(self, block: ResidualBlock, published: str, parts: Sequence[str]) -> Iterator[Entry]:
+        """Entries of a block; `parts`: published names of norm, convolution, condition, norm, convolution, skip."""
+        modules = (block.norm1, block.conv1, block.condition, block.norm2, block.conv2, block.skip)
+        for module, part in zip(modules, parts, strict=True):
             if not isinstance(module, nn.Identity):
-                yield from self.pair(module, name)
+                yield from self.pair(module, f"{published}.{part}")
 
     def attention(
         self,
@@ -126,6 +125,11 @@ class Names:
 def pointwise(t: Tensor) -> Tensor:
     """The weight of a linear map, or of a convolution of size 1 in any dimension, as that of a 1 x 1 convolution."""
     return t.reshape(*t.shape[:2], 1, 1)
+
+
+def with_null(table: Tensor) -> Tensor:
+    """A table of classes with a row for none: zeros, for the published model has no such class."""
+    return torch.cat([table, table.new_zeros(1, table.shape[1])])
 
 
 def swapped(t: Tensor, dim: int = 1) -> Tensor:

@@ -39,6 +39,11 @@ def read_checkpoint(path: str | Path, ema: bool = True) -> dict[str, Tensor]:
     return network_tensors(load_without_code(path), str(path), ema)
 
 
+def is_checkpoint(stored: Any) -> bool:
+    """Whether a file that holds `stored` is one of its checkpoints."""
+    return isinstance(stored, dict) and {"model", "ema"} <= set(stored)
+
+
 def load_without_code(path: str | Path) -> Any:
     """`torch.load` that builds tensors, containers and NumPy scalars, and nothing else."""
     # the optimizer's learning rate was stored as a NumPy scalar
@@ -50,7 +55,7 @@ def load_without_code(path: str | Path) -> Any:
 
 def network_tensors(stored: Any, path: str, ema: bool = True) -> dict[str, Tensor]:
     """`read_checkpoint` of what a file holds."""
-    if not isinstance(stored, dict) or not {"model", "ema"} <= set(stored):
+    if not is_checkpoint(stored):
         raise ValueError(f"{path} is not a checkpoint of score_sde_pytorch: it has no `model` and `ema`.")
     state = {k.removeprefix("module."): v for k, v in stored["model"].items()}
     if not ema:
@@ -102,12 +107,8 @@ def entries(network: UNet) -> Iterator[Entry]:
         here = f"all_modules.{i}"
         if isinstance(module, ResidualBlock):
             parts = ("GroupNorm_0", "Conv_0", "Dense_0", "GroupNorm_1", "Conv_1", skip)
-            block = names.residual(module, tuple(f"{here}.{p}" for p in parts))  # type: ignore[arg-type]
-            for entry in block:
-                if skip == "NIN_0" and entry.parts[0].startswith(f"{here}.NIN_0"):
-                    yield _network_in_network(entry)
-                else:
-                    yield entry
+            for entry in names.residual(module, here, parts):
+                yield _network_in_network(entry) if "NIN" in entry.parts[0] else entry
         elif isinstance(module, Attention):
             qkv = tuple(f"{here}.NIN_{k}" for k in range(3))
             for entry in names.attention(module, f"{here}.GroupNorm_0", qkv, f"{here}.NIN_3"):

@@ -15,7 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,21 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is a pickle, or is truncated or damaged.
     """
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        header = file.metadata() or {}
+    return tensors, _model_of(header, path)
+
+
+def read_config(path: str | Path) -> dict[str, Any] | None:
+    """The model configuration alone; see `read_tensors`."""
+    with _opened(path) as file:
+        header = file.metadata() or {}
+    return _model_of(header, path)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -80,24 +96,27 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | 
             "trust it, read it with torch.load(path, weights_only=True) and write it with scoresde.training.save_model."
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            header = file.metadata() or {}
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a complete safetensors file: truncated or damaged ({error}). Use an earlier checkpoint, "
             "or copy the file again."
         ) from error
-    config = None
-    if "scoresde" in header:
-        try:
-            entry = json.loads(header["scoresde"])
-            if entry["format"] != FORMAT:
-                raise CheckpointError(f"{path} has format {entry['format']!r}; this version reads {FORMAT!r}.")
-            config = entry["model"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} has a damaged header: {error!r}.") from error
-    return tensors, config
+
+
+def _model_of(header: Mapping[str, str], path: str | Path) -> dict[str, Any] | None:
+    """The model configuration in a header."""
+    if "scoresde" not in header:
+        return None
+    try:
+        entry = json.loads(header["scoresde"])
+        if entry["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {entry['format']!r}; this version reads {FORMAT!r}.")
+        model: dict[str, Any] | None = entry["model"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} has a damaged header: {error!r}.") from error
+    return model
 
 
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str | Path) -> None:

@@ -289,19 +289,6 @@ def test_one_graph_under_compile():
 
 
 @torch.no_grad()
-def test_no_class_is_the_null_class():
-    net, _ = network()
-    x, label, classes = inputs(net)
-    null = torch.full((3,), 3)
-    assert torch.equal(net(x, label), net(x, label, class_label=null))
-    assert not torch.allclose(net(x, label), net(x, label, class_label=classes))
-    with pytest.raises(ValueError, match=r"`class_label` must have shape \(3,\), got \(2,\)"):
-        net(x, label, class_label=null[:2])
-    with pytest.raises(ValueError, match="without classes"):
-        network(num_classes=0)[0](x, label, class_label=null)
-
-
-@torch.no_grad()
 def test_dropout_acts_in_training_only():
     net, _ = network(dropout=0.5)
     x, label, classes = inputs(net)

@@ -238,29 +238,6 @@ def test_options_matter(kind, options):
 
 
 @each_class
-@torch.no_grad()
-def test_float64_agrees_with_float32(kind):
-    net = network(kind)
-    x, label = inputs(net, dtype=torch.float32)
-    low = net(x, label)
-    high = net.double()(x.double(), label)
-    assert low.dtype == torch.float32 and high.dtype == torch.float64
-    # float32 rounding through dozens of layers of random weights
-    torch.testing.assert_close(low.double(), high, rtol=0, atol=1e-4 * float(high.abs().max()))
-
-
-@each_class
-def test_rows_do_not_see_their_batch_mates(kind):
-    net = network(kind).double()
-    x, label = inputs(net)
-    together = net(x, label)
-    alone = torch.cat([net(x[i : i + 1], label[i : i + 1]) for i in range(len(x))])
-    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-10)
-    gradient = torch.autograd.grad(net(x.requires_grad_(), label)[1].sum(), x)[0]
-    assert float(gradient[[0, 2]].abs().max()) == 0.0 and float(gradient[1].abs().max()) > 0.0
-
-
-@each_class
 def test_vector_jacobian_product_is_the_directional_derivative(kind):
     """<v, J u> from the gradient equals central differences along u."""
     net = network(kind, (2, 8, 8), activation="silu").double()  # twice differentiable, so that differences converge
@@ -273,15 +250,6 @@ def test_vector_jacobian_product_is_the_directional_derivative(kind):
         step = 1e-6
         difference = (net(x + step * u, label) - net(x - step * u, label)) / (2 * step)
     torch.testing.assert_close((vjp * u).sum(), (difference * v).sum(), rtol=1e-5, atol=1e-5)
-
-
-@each_class
-def test_every_parameter_learns(kind):
-    net = network(kind).double()
-    x, label = inputs(net)
-    net(x, label).square().sum().backward()
-    for key, p in net.named_parameters():
-        assert p.grad is not None and float(p.grad.abs().max()) > 0.0, key
 
 
 @torch.no_grad()
@@ -297,14 +265,6 @@ def test_the_label_is_a_noise_level_of_ncsn_and_nothing_to_ncsnv2():
 
 
 @each_class
-@torch.no_grad()
-def test_fresh_network_outputs_zero(kind):
-    net = kind((3, 8, 8), channels=4)
-    x, label = inputs(net, dtype=torch.float32)
-    assert float(net(x, label).abs().max()) == 0.0
-
-
-@each_class
 def test_one_graph_under_compile(kind):
     """fullgraph fails on any graph break; the eager backend needs no compiler."""
     net = network(kind)
@@ -313,18 +273,6 @@ def test_one_graph_under_compile(kind):
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, label), net(x, label))
     torch.testing.assert_close(compiled(x, label.float()), net(x, label))
-
-
-@each_class
-@torch.no_grad()
-def test_bfloat16_autocast(kind):
-    net = network(kind)
-    x, label = inputs(net, dtype=torch.float32)
-    full = net(x, label)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = net(x, label)
-    # eight bits of mantissa, errors of dozens of layers of random weights adding up at random
-    assert float((low.float() - full).square().mean().sqrt()) < 0.1 * float(full.square().mean().sqrt())
 
 
 def test_instance_norm_plus_is_its_formula():

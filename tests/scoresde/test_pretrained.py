@@ -100,7 +100,7 @@ def test_edm_losses(golden, kind, name):
     t = model.law.time_at(-z["sigma"].double().flatten().log())
     weighting = "raw" if kind == "edm" else "uniform"
     found = continuous_loss(model, z["x0"], weighting=weighting, t=t, noise=z["n"])
-    torch.testing.assert_close(found.per_sample, z["loss"].flatten(1).mean(1), rtol=2e-4, atol=0)
+    torch.testing.assert_close(found.per_sample, z["loss"].flatten(1).mean(1), rtol=2e-6, atol=0)
 
 
 def test_edm_sampler_on_its_network(golden):
@@ -428,7 +428,8 @@ def test_diffusers_is_its_own_oracle(name, tmp_path):
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 def test_diffusers_schedules(schedule):
-    """Their cumulative products, which are float32."""
+    """Their cumulative products of up to 1000 float32 factors, each off by up to 6e-8 of itself or, for the last betas
+    of the cosine, of 1 - beta = 0.001 by more."""
     library = pytest.importorskip("diffusers")
     scheduler = library.DDPMScheduler(beta_schedule=schedule)
     sde = chain(scheduler.config, 1000)
@@ -476,18 +477,21 @@ def test_what_diffusers_has_and_we_do_not_is_named(change, message):
 
 
 # --- our own, the Hub, and everything else ----------------------------------------------------------------------------
-def small_model():
+def small_model(levels=0):
     options = {"shape": [1, 8, 8], "channels": 8, "num_classes": 0}
     return ScoreModel.from_config(
         {
             "network": {"name": "unet", "unet": options}, "sde": {"name": "vp", "vp": {}}, "parameterization": "v",
+            "levels": levels,
             "data_spec": {"shape": [1, 8, 8], "shift": 8.0, "scale": 8.0, "levels": 16},
         }
     )  # fmt: skip
 
 
-def test_own_files_and_folders(tmp_path):
-    model = small_model()
+@pytest.mark.parametrize("levels", [0, 50])
+def test_own_files_and_folders(tmp_path, levels):
+    """Read back as they were, and the code on their card runs: of an SDE and of a chain."""
+    model = small_model(levels)
     save_model(model, tmp_path / "m.safetensors")
     model.save_pretrained(tmp_path / "folder")
     for path in (tmp_path / "m.safetensors", tmp_path / "folder"):

@@ -20,7 +20,7 @@ from oracles import gaussian, gaussian_weak_error, lambda_knots, observed_order
 from torch import Tensor
 
 from scoresde.pretrained import load_pretrained
-from scoresde.pretrained.diffusers import cosine_table
+from scoresde.pretrained.schedules import cosine
 from sde_lib import (
     DATA,
     EDMSDE,
@@ -927,7 +927,7 @@ def test_edm_ablation_sampler_on_networks(golden, run, schedule, tableau, networ
     elif schedule == "ve":
         levels = 100.0 * (0.02 / 100.0) ** (torch.arange(6, dtype=torch.float64) / 5)
     else:
-        bar = torch.tensor(cosine_table(1000)["alphas_cumprod"], dtype=torch.float64)
+        bar = torch.tensor(cosine()["alphas_cumprod"], dtype=torch.float64)
         table = (1.0 / bar - 1.0).sqrt().flip(0)
         table = table[table <= 81.0]
         levels = table[((len(table) - 1) / 5 * torch.arange(6)).round().long()]

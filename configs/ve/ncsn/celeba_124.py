@@ -9,8 +9,7 @@ from scoresde.config import load
 
 
 def get_config():
-    c = load("ve/ncsn/_ncsn")
-    c.data.shape = (3, 64, 64)
+    c = load("ve/ncsn/celeba")
     c.sde.chain = c.network.ncsn.levels = c.sampling.steps = 500
     c.sde.ve.sigma_max = 180.0  # published for data in [0, 1]: 90
     s = c.sampling.solver.predictor_corrector

@@ -9,12 +9,6 @@ from scoresde.config import load
 
 
 def get_config():
-    c = load("ve/ncsn/_ncsn")
-    c.data.shape = (3, 64, 64)
-    c.sde.chain = c.network.ncsn.levels = c.sampling.steps = 500
-    c.sde.ve.sigma_max = 180.0  # published for data in [0, 1]: 90
-    s = c.sampling.solver.predictor_corrector
-    s.corrector_steps = 5
-    s.snr = 0.128
+    c = load("ve/ncsn/celeba_124")
     c.training.ema_decay = 0.999
     return c

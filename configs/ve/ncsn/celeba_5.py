@@ -9,7 +9,6 @@ from scoresde.config import load
 
 
 def get_config():
-    c = load("ve/ncsn/_ncsn")
-    c.data.shape = (3, 64, 64)
+    c = load("ve/ncsn/celeba")
     c.training.ema_decay = 0.999
     return c

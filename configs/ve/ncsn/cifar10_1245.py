@@ -9,11 +9,6 @@ from scoresde.config import load
 
 
 def get_config():
-    c = load("ve/ncsn/_ncsn")
-    c.sde.chain = c.network.ncsn.levels = c.sampling.steps = 232
-    c.sde.ve.sigma_max = 100.0  # published for data in [0, 1]: 50
-    s = c.sampling.solver.predictor_corrector
-    s.corrector_steps = 5
-    s.snr = 0.176
+    c = load("ve/ncsn/cifar10_124")
     c.training.ema_decay = 0.999
     return c

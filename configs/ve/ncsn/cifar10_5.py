@@ -9,6 +9,6 @@ from scoresde.config import load
 
 
 def get_config():
-    c = load("ve/ncsn/_ncsn")
+    c = load("ve/ncsn/cifar10")
     c.training.ema_decay = 0.999
     return c
