@@ -10,9 +10,9 @@ configs = ["scoresde.configs"] + [f"scoresde.configs.{p}" for p in find_packages
 own = [p for name in ("scoresde", "sde_lib", "solvers") for p in (name, f"{name}.*")]
 
 data = ["scikit-learn>=1.3"]
-train = ["accelerate>=1.0", "tensorboard>=2.14", "safetensors>=0.4", *data]
+train = ["accelerate>=1.0", "tensorboard>=2.14", *data]
 plot = ["matplotlib>=3.8"]
-hub = ["huggingface_hub>=0.25", "safetensors>=0.4"]
+hub = ["huggingface_hub>=0.25"]
 
 setup(
     name="scoresde",
@@ -36,6 +36,7 @@ setup(
         "absl-py",
         "tqdm",
         "pillow",
+        "safetensors>=0.4",
     ],
     extras_require={
         "train": train,

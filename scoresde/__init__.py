@@ -1,14 +1,16 @@
 """Score-based generative models in continuous time.
 
-The facade: SDEs from `sde_lib`, solvers from `solvers`, and score models, losses and likelihoods from this package.
-Importing it stays light: `train`, `compare`, `load_model` and `save_model` bring their libraries when they are first
-asked for; data, configurations and the demo are imported from their modules.
+The facade: SDEs from `sde_lib`, solvers from `solvers`, and everything of this package that a script needs; every class
+in the tables (`SDES`, `SOLVERS`, `GRIDS`, `NETWORKS` …) is here by its name. Importing it stays light: `train`,
+`compare` and what reads and writes files bring their libraries when they are first asked for.
 """
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import scoresde._neighbours  # noqa: F401  (before the imports that it checks)
+from scoresde.data import DATASETS, Arrays, Checkerboard, Dataset, Digits, Moons, Ring, Spiral
 from scoresde.guidance import ClassifierFreeGuidance, ClipData, inpaint
 from scoresde.latents import decode, encode, interpolate
 from scoresde.likelihood import (
@@ -18,18 +20,24 @@ from scoresde.likelihood import (
     Bound,
     CosineProbes,
     DilutedProbes,
+    GaussianProbes,
+    HaarProbes,
     Likelihood,
+    Probes,
+    RademacherProbes,
     bits_per_dim,
     divergence,
     elbo,
     elbo_of_data,
     log_likelihood,
 )
+from scoresde.likelihood.dequantization import DEQUANTIZATIONS
 from scoresde.losses import chain_loss, continuous_loss
 from scoresde.metrics import energy_distance, frechet_distance, gaussian_bits_per_dim, mmd2, sliced_wasserstein
 from scoresde.networks import ADM, DDPM, MLP, NCSN, NETWORKS, DiT, NCSNpp, NCSNv2, UNet
 from scoresde.score_model import LABELS, DataSpec, ScoreModel
 from sde_lib import (
+    DATA,
     EDMSDE,
     PARAMETERIZATIONS,
     SDE,
@@ -38,15 +46,24 @@ from sde_lib import (
     VPSDE,
     Chain,
     CosineVPSDE,
+    DataPrediction,
+    EDMPrediction,
+    FlowPrediction,
     FlowSDE,
     GaussianMixture,
     Knot,
+    NoisePrediction,
+    Parameterization,
     Prediction,
     ReverseSDE,
+    ScorePrediction,
     SubVPSDE,
     TabulatedSDE,
+    VPrediction,
 )
+from sde_lib._checks import did_you_mean
 from solvers import (
+    COORDINATES,
     CORRECTORS,
     DDIM,
     DEIS,
@@ -56,15 +73,20 @@ from solvers import (
     RK4,
     SEEDS2,
     SOLVERS,
+    TABLEAUX,
+    AdaptiveDPMSolver,
     AdaptiveRungeKutta,
     AlignYourSteps,
     AnalyticAncestral,
     Ancestral,
+    Angle,
     AnnealedLangevin,
     Beta,
     Blended,
     BogackiShampine,
     BrownianPath,
+    Coordinate,
+    Corrector,
     Cosine,
     DormandPrince,
     DPMpp2M,
@@ -74,19 +96,27 @@ from solvers import (
     DPMppSDE,
     DPMSolver2,
     DPMSolver3,
+    Draw,
     EulerMaruyama,
     Geometric,
+    GottaGoFast,
+    Grid,
+    HalfLogSNR,
     Heun,
     Karras,
     Langevin,
     LinearMultistep,
     Midpoint,
     Multistep,
+    Noise,
+    NoiseRatio,
     Polyexponential,
     PredictorCorrector,
     Quadratic,
+    Ralston,
     Recommendation,
     Recommended,
+    Recorded,
     ReverseDiffusion,
     RungeKutta,
     SASolver,
@@ -96,32 +126,52 @@ from solvers import (
     Shifted,
     SingleStep,
     Solution,
+    Solver,
     SolverError,
+    Status,
+    StepInfo,
+    Tableau,
+    Time,
     TorchDiffEq,
     TorchSDE,
+    Tsitouras,
     UniformAngle,
     UniformHalfLogSNR,
     UniformTime,
     UniPC,
+    make_knots,
     recommend,
     sample,
     solve,
 )
 
+if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` brings them
+    from scoresde.comparison.compare import compare
+    from scoresde.comparison.result import Comparison
+    from scoresde.pretrained import MismatchError, load_pretrained
+    from scoresde.training import train
+    from scoresde.training.checkpoint import CheckpointError, load_model, save_model
+
 _LAZY = {
-    "load_model": "scoresde.training.checkpoint",
+    "Comparison": "scoresde.comparison.result",
+    "compare": "scoresde.comparison.compare",
+    "MismatchError": "scoresde.pretrained",
     "load_pretrained": "scoresde.pretrained",
-    "save_model": "scoresde.training.checkpoint",
-    "compare": "scoresde.comparison",
-    "Comparison": "scoresde.comparison",
     "train": "scoresde.training",
+    "CheckpointError": "scoresde.training.checkpoint",
+    "load_model": "scoresde.training.checkpoint",
+    "save_model": "scoresde.training.checkpoint",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'scoresde' has no attribute {name!r}")
+    raise AttributeError(f"module 'scoresde' has no attribute {name!r}.{did_you_mean(name, __all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 try:
@@ -131,10 +181,14 @@ except PackageNotFoundError:  # a bare checkout
 
 __all__ = [
     "ADM",
+    "COORDINATES",
     "CORRECTORS",
+    "DATA",
+    "DATASETS",
     "DDIM",
     "DDPM",
     "DEIS",
+    "DEQUANTIZATIONS",
     "EDMSDE",
     "ERSDE",
     "GRIDS",
@@ -150,13 +204,17 @@ __all__ = [
     "SDES",
     "SEEDS2",
     "SOLVERS",
+    "TABLEAUX",
     "VESDE",
     "VPSDE",
+    "AdaptiveDPMSolver",
     "AdaptiveRungeKutta",
     "AlignYourSteps",
     "AnalyticAncestral",
     "Ancestral",
+    "Angle",
     "AnnealedLangevin",
+    "Arrays",
     "BasisProbes",
     "Beta",
     "BitsPerDim",
@@ -165,9 +223,13 @@ __all__ = [
     "Bound",
     "BrownianPath",
     "Chain",
+    "Checkerboard",
+    "CheckpointError",
     "ClassifierFreeGuidance",
     "ClipData",
     "Comparison",
+    "Coordinate",
+    "Corrector",
     "Cosine",
     "CosineProbes",
     "CosineVPSDE",
@@ -178,14 +240,25 @@ __all__ = [
     "DPMpp3M",
     "DPMpp3S",
     "DPMppSDE",
+    "DataPrediction",
     "DataSpec",
+    "Dataset",
     "DiT",
+    "Digits",
     "DilutedProbes",
     "DormandPrince",
+    "Draw",
+    "EDMPrediction",
     "EulerMaruyama",
+    "FlowPrediction",
     "FlowSDE",
     "GaussianMixture",
+    "GaussianProbes",
     "Geometric",
+    "GottaGoFast",
+    "Grid",
+    "HaarProbes",
+    "HalfLogSNR",
     "Heun",
     "Karras",
     "Knot",
@@ -193,36 +266,56 @@ __all__ = [
     "Likelihood",
     "LinearMultistep",
     "Midpoint",
+    "MismatchError",
+    "Moons",
     "Multistep",
     "NCSNpp",
     "NCSNv2",
+    "Noise",
+    "NoisePrediction",
+    "NoiseRatio",
+    "Parameterization",
     "Polyexponential",
     "Prediction",
     "PredictorCorrector",
+    "Probes",
     "Quadratic",
+    "RademacherProbes",
+    "Ralston",
     "Recommendation",
     "Recommended",
+    "Recorded",
     "ReverseDiffusion",
     "ReverseSDE",
+    "Ring",
     "RungeKutta",
     "SASolver",
     "SDEDPMpp2M",
     "SDEDPMpp3M",
     "SciPyODE",
     "ScoreModel",
+    "ScorePrediction",
     "Shifted",
     "SingleStep",
     "Solution",
+    "Solver",
     "SolverError",
+    "Spiral",
+    "Status",
+    "StepInfo",
     "SubVPSDE",
+    "Tableau",
     "TabulatedSDE",
+    "Time",
     "TorchDiffEq",
     "TorchSDE",
+    "Tsitouras",
     "UNet",
     "UniPC",
     "UniformAngle",
     "UniformHalfLogSNR",
     "UniformTime",
+    "VPrediction",
     "bits_per_dim",
     "chain_loss",
     "compare",
@@ -240,6 +333,7 @@ __all__ = [
     "load_model",
     "load_pretrained",
     "log_likelihood",
+    "make_knots",
     "mmd2",
     "recommend",
     "sample",
