@@ -209,7 +209,7 @@ def _pyplot() -> Any:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("The demo draws with matplotlib: pip install scoresde[all]") from error
+        raise ImportError("The demo draws with matplotlib: pip install 'scoresde[all]'") from error
     return plt
 
 

@@ -19,7 +19,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures are drawn with matplotlib: pip install scoresde[plot]") from error
+        raise ImportError("Pictures are drawn with matplotlib: pip install 'scoresde[plot]'") from error
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)

@@ -56,3 +56,22 @@ def test_a_module_of_the_same_name_is_named(name, how, tmp_path):
     last = done.stderr.splitlines()[-1]
     assert last.startswith("ImportError: Python finds ") and "rename that file" in last and not done.stdout
     assert how == "loaded" or str(tmp_path / f"{name}.py") in last
+
+
+@pytest.mark.parametrize(
+    ("library", "use", "extra"),
+    [
+        ("matplotlib", "from scoresde.figures import new_figure; new_figure(1, 1)", "plot"),
+        ("sklearn", "scoresde.Digits().load()", "train"),
+        ("accelerate", "from scoresde import config; scoresde.train(config.load('toy_ring'), 'run')", "train"),
+        ("huggingface_hub", "scoresde.ScoreModel.from_pretrained('someone/model')", "hub"),
+    ],
+)
+def test_a_missing_library_says_what_to_install(library, use, extra, tmp_path, monkeypatch):
+    """None in sys.modules is what makes an import fail; the library's own parts may be loaded already."""
+    for name in [n for n in sys.modules if n.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ImportError, match=rf"pip install 'scoresde\[{extra}\]'"):
+        exec(f"import scoresde; {use}", {})

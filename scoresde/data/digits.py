@@ -41,7 +41,7 @@ class Digits:
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise ImportError("The digits come with scikit-learn: pip install scoresde[train]") from error
+            raise ImportError("The digits come with scikit-learn: pip install 'scoresde[train]'") from error
         images, digits = load_digits(return_X_y=True)
         data = torch.from_numpy(images).to(torch.uint8).reshape(-1, 1, 8, 8)
         classes = torch.from_numpy(digits).long() if self.labels else None

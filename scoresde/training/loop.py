@@ -204,7 +204,7 @@ def train(
         ConfigError: for settings that do not work, or a workdir whose run had other ones.
         CheckpointError: for a damaged checkpoint.
         TrainingError: if the loss becomes NaN or infinite.
-        ImportError: without Accelerate (``pip install scoresde[train]``).
+        ImportError: without Accelerate (``pip install 'scoresde[train]'``).
         OSError: if a checkpoint cannot be written (a full disk); earlier ones are untouched.
     """
     check(config)
@@ -502,7 +502,7 @@ def _accelerator(section: ConfigDict) -> Any:
         from accelerate import Accelerator  # type: ignore[import-untyped]
         from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
     except ImportError as error:
-        raise ImportError("Training needs Accelerate: pip install scoresde[train]") from error
+        raise ImportError("Training needs Accelerate: pip install 'scoresde[train]'") from error
     # Accelerate keeps precision and device for the whole process; an earlier run in it may have had other ones
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     try:
