@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from scoresde.networks import NETWORKS
 from scoresde.pretrained import diffusers, dit, edm, guided_diffusion, schedules, score_sde
+from scoresde.pretrained.experiments import EXPERIMENTS
 from scoresde.pretrained.mapping import MismatchError, scaled_output
 from scoresde.score_model import DataSpec, ScoreModel
 from sde_lib import SDES, build
@@ -310,36 +312,57 @@ def _score_sde(
     from scoresde import config as configs
 
     state = score_sde.network_tensors(stored, str(path), ema)
+    if config is None:
+        config = _experiment(path, state, overrides)
+    plain = _plain(configs.load(config, overrides) if isinstance(config, str) else configs.override(config, overrides))
 
-    def found_for(chosen: Any) -> _Found:
-        plain = configs.model_config(chosen, DataSpec(tuple(chosen.data.shape), **_EIGHT_BIT))
+    def convert(network: nn.Module) -> dict[str, Tensor]:
+        return score_sde.converted(network, state, plain["sde"]["name"] == "ve")
 
-        def convert(network: nn.Module) -> dict[str, Tensor]:
-            return score_sde.converted(network, state, plain["sde"]["name"] == "ve")
+    return _Found(plain, convert)
 
-        return _Found(plain, convert)
 
-    if config is not None:
-        chosen = configs.load(config, overrides) if isinstance(config, str) else configs.override(config, overrides)
-        return found_for(chosen)
-    fitting = []
-    shipped = [name for name in configs.known() if name.split("/")[0] in ("ve", "vp", "subvp")]
-    named = [name for name in shipped if name in path.as_posix()]
-    for name in [max(named, key=len)] if named else shipped:
-        try:
-            found = found_for(configs.load(name, overrides))
-            with torch.device("meta"):
-                network = build(NETWORKS, found.config["network"], "network")
-            found.convert(network)
-        except (ValueError, TypeError):  # of tensors, or of overrides made for another experiment
-            if named:
-                raise
-            continue
-        fitting.append((name, found))
-    if len(fitting) != 1:
-        names = ", ".join(name for name, _ in fitting) if fitting else "none of the shipped ones"
+def _plain(config: Any) -> dict[str, Any]:
+    """The score model's configuration in an experiment's."""
+    from scoresde.config import model_config
+
+    return model_config(config, DataSpec(tuple(config.data.shape), **_EIGHT_BIT))
+
+
+def _experiment(path: Path, state: Mapping[str, Tensor], overrides: Sequence[str]) -> str:
+    """Name of the experiment: the longest that is part of the path, or the only one whose tensors these are."""
+    named = [name for name in EXPERIMENTS if name in path.as_posix()]
+    if named:
+        return max(named, key=len)
+    if overrides:
+        raise ValueError("`overrides` change the options of an experiment: say which with config=<name>.")
+    found = score_sde.signature_of(state)
+    fitting = [name for name, known in EXPERIMENTS.items() if known == found]
+    if len(fitting) > 1:
         raise ValueError(
-            f"{path} does not say which experiment it belongs to; its tensors fit {names}. Pass config=<name> (or the "
-            "path of a configuration file)."
+            f"{path} does not say which experiment it belongs to; its tensors fit {', '.join(fitting)}. Pass "
+            "config=<name>."
         )
-    return fitting[0][1]
+    return fitting[0] if fitting else _nearest(path, state, found)
+
+
+def _nearest(path: Path, state: Mapping[str, Tensor], found: score_sde.Signature) -> str:
+    """Raise, saying how the file differs from the experiment that is nearest in number and size of tensors."""
+    from scoresde import config as configs
+
+    def distance(name: str) -> float:
+        known = EXPERIMENTS[name]
+        pairs = ((known.tensors, found.tensors), (known.elements, found.elements))
+        return sum(abs(math.log(a / max(1, b))) for a, b in pairs)
+
+    name = min(EXPERIMENTS, key=distance)
+    try:
+        with torch.device("meta"):
+            network = build(NETWORKS, _plain(configs.load(name))["network"], "network")
+        score_sde.convert_state(network, {k: v.to("meta") for k, v in state.items()})
+    except MismatchError as error:
+        raise MismatchError(
+            f"The tensors of {path} fit none of the shipped experiments. Against the nearest, {name}: {error} Pass "
+            "config=<name or path of a configuration file>, and as overrides what is different."
+        ) from error
+    return name

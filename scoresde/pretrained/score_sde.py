@@ -7,9 +7,10 @@ the architecture, and here from ours.
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,10 +79,37 @@ def convert_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
         MismatchError: naming tensors that are missing, unexpected, or of another shape.
     """
     state = {k.removeprefix("module."): v for k, v in state.items()}
-    if isinstance(network, NCSN | NCSNv2):
-        return convert(network, state, (Entry(ours, (name,)) for ours, name in published_names(network)), ["sigmas"])
-    assert isinstance(network, UNet)
     return convert(network, state, entries(network), ["sigmas"])
+
+
+class Signature(NamedTuple):
+    """What tells the architectures of checkpoints apart without building them.
+
+    Attributes:
+        tensors: how many.
+        elements: in all of them.
+        digest: of their names and numbers of elements.
+    """
+
+    tensors: int
+    elements: int
+    digest: int
+
+
+def signature_of(state: Mapping[str, Tensor]) -> Signature:
+    """The signature of published tensors."""
+    return _signature({name: value.numel() for name, value in state.items() if not name.endswith("sigmas")})
+
+
+def signature(network: nn.Module) -> Signature:
+    """The signature that checkpoints of `network` have (it may be on the meta device)."""
+    own = network.state_dict()
+    return _signature({part: own[e.target].numel() // len(e.parts) for e in entries(network) for part in e.parts})
+
+
+def _signature(sizes: Mapping[str, int]) -> Signature:
+    text = "".join(f"{name} {count}\n" for name, count in sorted(sizes.items()))
+    return Signature(len(sizes), sum(sizes.values()), zlib.crc32(text.encode()))
 
 
 def converted(network: nn.Module, state: Mapping[str, Tensor], ve: bool) -> dict[str, Tensor]:
@@ -96,8 +124,12 @@ def converted(network: nn.Module, state: Mapping[str, Tensor], ve: bool) -> dict
     return scaled_output(found, network, -1.0) if ve else found
 
 
-def entries(network: UNet) -> Iterator[Entry]:
-    """Every published tensor of a network of this architecture, in the published order of parameters."""
+def entries(network: nn.Module) -> Iterator[Entry]:
+    """Every published tensor of a network of this architecture; of a U-Net in the published order of parameters."""
+    if isinstance(network, NCSN | NCSNv2):
+        yield from (Entry(ours, (name,)) for ours, name in published_names(network))
+        return
+    assert isinstance(network, UNet)
     names = Names(network)
     if isinstance(network.condition.label, FourierEmbedding):
         yield Entry(f"{names(network.condition.label)}.frequencies", ("all_modules.0.W",))

@@ -8,6 +8,8 @@ import torch
 
 from scoresde import DataSpec, log_likelihood
 from scoresde import config as configs
+from scoresde.pretrained import score_sde
+from scoresde.pretrained.experiments import EXPERIMENTS
 from scoresde.training import train
 from sde_lib import Chain
 from solvers import sample
@@ -38,6 +40,8 @@ def test_it_says_where_it_comes_from_and_has_the_published_size(name):
         model = configs.make_model(config, spec)
     if name in MILLIONS:
         assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == MILLIONS[name]
+    if not name.startswith("edm/"):
+        assert EXPERIMENTS[name] == score_sde.signature(model.network)
     configs.make_solver(config)
     configs.make_grid(config)
 
