@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from scoresde.score_model import ScoreModel
 from sde_lib import SDE, Chain, Knot
+
+if TYPE_CHECKING:
+    from scoresde.score_model import ScoreModel
 
 WEIGHTINGS = ("uniform", "likelihood", "raw")
 TIMES = ("uniform", "importance", "lognormal")

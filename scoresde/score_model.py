@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scoresde.losses import chain_loss, continuous_loss
 from sde_lib import PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Prediction, ReverseSDE, build, lookup
 from sde_lib import _math as m
 from sde_lib._math import Real
@@ -61,7 +62,9 @@ class DataSpec:
         return math.prod(self.shape)
 
     def check(self, data: Tensor) -> None:
-        """Raise ValueError unless `data` has this shape, is finite and, with levels, holds their integers."""
+        """Raise unless `data` is a tensor of this shape, finite and, with levels, of their integers."""
+        if not isinstance(data, Tensor):
+            raise TypeError(f"Data must be a tensor (torch.as_tensor), got {type(data).__name__}.")
         if tuple(data.shape[1:]) != self.shape:
             raise ValueError(f"Data must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(data.shape)}.")
         if data.is_floating_point() and not bool(torch.isfinite(data).all()):
@@ -282,6 +285,31 @@ class ScoreModel(nn.Module):
         if isinstance(t, int | float) and not isinstance(law, Chain) and not law.t_min <= t <= law.t_max:
             raise ValueError(f"t = {t} lies outside [{law.t_min}, {law.t_max}], where this model is defined.")
         return self.predict(x, law.knot(t, ndim=x.ndim), **condition)
+
+    def loss(self, data: Tensor, *, rng: torch.Generator | None = None, **options: Any) -> Tensor:
+        """Denoising score matching on a batch: the scalar that a training loop minimises.
+
+        The model stays in its mode; `reverse` and `sample` leave it in evaluation mode, so call `train()` after them.
+
+        Args:
+            data: (B, *D), on any device: in data units if the model has a `data_spec` (integers are dequantized by
+                uniform noise), in model units otherwise.
+            rng: generator of dequantization, times and noise; torch's global one if None.
+            **options: of `continuous_loss`, or of `chain_loss` on a chain: condition, weighting, times, reduce, …
+
+        Raises:
+            ValueError: for data that do not fit the `data_spec`, or options that do not fit together.
+        """
+        dtype = torch.promote_types(self.dtype, torch.float32)  # the loss is not computed in half precision
+        if self.data_spec is None:
+            x_0 = data.to(self.device, dtype)
+        else:
+            self.data_spec.check(data)
+            where = data.device if rng is None else rng.device
+            u = torch.rand(data.shape, generator=rng, device=where) if self.data_spec.levels else None
+            x_0 = self.data_spec.encode(data.to(self.device), None if u is None else u.to(self.device), dtype)
+        loss = chain_loss if isinstance(self.law, Chain) else continuous_loss
+        return loss(self, x_0, rng=rng, **options).value
 
     def reverse(self, condition: Mapping[str, Any] | None = None) -> ReverseSDE:
         """The reverse SDE under this model, in model units; puts the network into evaluation mode.
