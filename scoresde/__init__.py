@@ -149,18 +149,22 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time `__getattr__` br
     from scoresde.comparison.compare import compare
     from scoresde.comparison.result import Comparison
     from scoresde.pretrained import MismatchError, load_pretrained
+    from scoresde.pretrained.hub import from_pretrained, push_to_hub, save_pretrained
+    from scoresde.storage import CheckpointError, load_model, save_model
     from scoresde.training import train
-    from scoresde.training.checkpoint import CheckpointError, load_model, save_model
 
 _LAZY = {
     "Comparison": "scoresde.comparison.result",
     "compare": "scoresde.comparison.compare",
     "MismatchError": "scoresde.pretrained",
     "load_pretrained": "scoresde.pretrained",
+    "from_pretrained": "scoresde.pretrained.hub",
+    "push_to_hub": "scoresde.pretrained.hub",
+    "save_pretrained": "scoresde.pretrained.hub",
     "train": "scoresde.training",
-    "CheckpointError": "scoresde.training.checkpoint",
-    "load_model": "scoresde.training.checkpoint",
-    "save_model": "scoresde.training.checkpoint",
+    "CheckpointError": "scoresde.storage",
+    "load_model": "scoresde.storage",
+    "save_model": "scoresde.storage",
 }
 
 
@@ -327,6 +331,7 @@ __all__ = [
     "encode",
     "energy_distance",
     "frechet_distance",
+    "from_pretrained",
     "gaussian_bits_per_dim",
     "inpaint",
     "interpolate",
@@ -335,9 +340,11 @@ __all__ = [
     "log_likelihood",
     "make_knots",
     "mmd2",
+    "push_to_hub",
     "recommend",
     "sample",
     "save_model",
+    "save_pretrained",
     "sliced_wasserstein",
     "solve",
     "train",

@@ -157,7 +157,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> tuple[ConfigDic
     import torch
 
     from scoresde import config
-    from scoresde.training.checkpoint import find_model, load_model
+    from scoresde.storage import find_model, load_model
 
     ema = not arguments.raw_weights
     source = arguments.checkpoint or arguments.workdir
@@ -416,7 +416,7 @@ def _demo(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _convert(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from scoresde.pretrained.load import from_edm_pickle, load_pretrained
-    from scoresde.training.checkpoint import save_model
+    from scoresde.storage import save_model
 
     if Path(arguments.source).suffix == ".pkl":
         model = from_edm_pickle(arguments.source, arguments.continuous)

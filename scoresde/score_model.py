@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -196,25 +195,6 @@ class ScoreModel(nn.Module):
         if self.data_spec is not None:
             config["data_spec"] = {**asdict(self.data_spec), "shape": list(self.data_spec.shape)}
         return config
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> ScoreModel:
-        """A model from a file, a folder or the Hugging Face Hub: see `scoresde.pretrained.hub.from_pretrained`."""
-        from scoresde.pretrained.hub import from_pretrained
-
-        return from_pretrained(name, **options)
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write a folder that `from_pretrained` reads: see `scoresde.pretrained.hub.save_pretrained`."""
-        from scoresde.pretrained.hub import save_pretrained
-
-        return save_pretrained(self, folder)
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload to the Hugging Face Hub: see `scoresde.pretrained.hub.push_to_hub`."""
-        from scoresde.pretrained.hub import push_to_hub
-
-        return push_to_hub(self, repo_id, **options)
 
     def raw(self, x: Tensor, knot: Knot, **condition: Any) -> Tensor:
         """Output of the network at a state in model units, (B, *D); in the dtype of its weights."""

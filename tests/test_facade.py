@@ -64,7 +64,7 @@ def test_a_module_of_the_same_name_is_named(name, how, tmp_path):
         ("matplotlib", "from scoresde.figures import new_figure; new_figure(1, 1)", "plot"),
         ("sklearn", "scoresde.Digits().load()", "train"),
         ("accelerate", "from scoresde import config; scoresde.train(config.load('toy_ring'), 'run')", "train"),
-        ("huggingface_hub", "scoresde.ScoreModel.from_pretrained('someone/model')", "hub"),
+        ("huggingface_hub", "scoresde.from_pretrained('someone/model')", "hub"),
     ],
 )
 def test_a_missing_library_says_what_to_install(library, use, extra, tmp_path, monkeypatch):

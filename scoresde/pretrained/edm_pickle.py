@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.training.checkpoint import CheckpointError
+from scoresde.storage import CheckpointError
 
 PRECONDITIONERS = {"EDMPrecond": "edm", "VPPrecond": "vp", "VEPrecond": "ve", "iDDPMPrecond": "iddpm"}
 """Name of the pickled class -> `preconditioning` of `load_pretrained`."""

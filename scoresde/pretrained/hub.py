@@ -8,16 +8,10 @@ from typing import Any
 
 from scoresde.pretrained.load import load_pretrained
 from scoresde.score_model import ScoreModel
+from scoresde.storage import hub, save_model
+from scoresde.storage.files import write_whole
 
 FILE = "model.safetensors"
-
-
-def _hub() -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError("The Hub needs huggingface_hub: pip install 'scoresde[hub]'") from error
-    return huggingface_hub
 
 
 def save_pretrained(model: ScoreModel, folder: str | Path, name: str = "OWNER/NAME") -> Path:
@@ -29,11 +23,9 @@ def save_pretrained(model: ScoreModel, folder: str | Path, name: str = "OWNER/NA
         ValueError: for a model that was put together in code, see `ScoreModel.config`.
         OSError: if it cannot be written.
     """
-    from scoresde.training.checkpoint import save_model
-
     folder = Path(folder)
     save_model(model, folder / FILE)
-    (folder / "README.md").write_text(card(model, name), encoding="utf-8")
+    write_whole(folder / "README.md", card(model, name))
     return folder
 
 
@@ -49,7 +41,7 @@ def card(model: ScoreModel, name: str = "OWNER/NAME") -> str:
         "---\nlibrary_name: scoresde\ntags:\n- score-based-generative-model\n---\n\n# A score model\n\n"
         f"Network `{network}` ({millions:.1f} M parameters), SDE `{sde}`{levels}, parameterization "
         f"`{config.get('parameterization', 'v')}`, data {shape}.\n\n"
-        f"```python\nimport scoresde\n\nmodel = scoresde.ScoreModel.from_pretrained(\"{name}\")\n"
+        f"```python\nimport scoresde\n\nmodel = scoresde.from_pretrained(\"{name}\")\n"
         "best = scoresde.recommend(20)\n"
         f"images = model.sample(16, best.solver, nfe=20{grid})\n```\n"
     )
@@ -76,15 +68,8 @@ def from_pretrained(
     """
     if Path(name).exists():
         return load_pretrained(name, **options)
-    folder = _hub().snapshot_download(
-        str(name),
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        token=token,
-        allow_patterns=["*.safetensors", "*.json"],
-    )
-    return load_pretrained(folder, **options)
+    where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    return load_pretrained(hub.fetch(str(name), local_files_only=local_files_only, **where), **options)
 
 
 def push_to_hub(
@@ -96,12 +81,6 @@ def push_to_hub(
         ImportError: without huggingface_hub.
         ValueError: for a model that was put together in code.
     """
-    api = _hub().HfApi(token=token)
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder, repo_id)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
-
-
-__all__ = ["card", "from_pretrained", "push_to_hub", "save_pretrained"]
-
+        return hub.upload(folder, repo_id, private=private, token=token, message=message)

@@ -83,7 +83,7 @@ def load_pretrained(
             counterpart here.
         ValueError: for an unknown format, or where the file does not say enough; the message says which option to give.
     """
-    from scoresde.training.checkpoint import load_model
+    from scoresde.storage import load_model
 
     path = Path(path)
     if not path.exists():
@@ -151,7 +151,7 @@ def _own(path: Path) -> Path | None:
         path = path / "model.safetensors"
     if path.suffix != ".safetensors":
         return None
-    from scoresde.training.checkpoint import read_config
+    from scoresde.storage.tensors import read_config
 
     return path if read_config(path) is not None else None
 
@@ -160,7 +160,7 @@ def _read(path: Path) -> Any:
     """Contents of a file: safetensors, or what torch.save wrote, without running code."""
     import pickle
 
-    from scoresde.training.checkpoint import CheckpointError, read_tensors
+    from scoresde.storage import CheckpointError, read_tensors
 
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]

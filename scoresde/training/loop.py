@@ -28,7 +28,10 @@ from scoresde.data import Dataset, Split
 from scoresde.images import picture, save_png
 from scoresde.losses import chain_loss, continuous_loss
 from scoresde.score_model import DataSpec, ScoreModel
-from scoresde.training import checkpoint as ckpt
+from scoresde.storage import Checkpoint, CheckpointError, latest, read_checkpoint, save_checkpoint
+from scoresde.storage.checkpoints import clean
+from scoresde.storage.optimizers import load_optimizer, optimizer_tensors
+from scoresde.storage.tensors import check_tensors
 from scoresde.training.ema import EMA
 from scoresde.training.metrics import Metrics
 from scoresde.training.samples import draw_samples
@@ -237,7 +240,7 @@ class _Run:
         self.model = configs.make_model(config, self.data.spec)
         self._check_loss()
         if self.main:
-            ckpt.clean(self.root)
+            clean(self.root)
             configs.save(config, workdir / "config.json")
         self.model.to(self.accelerator.device)
         if self.section.channels_last:
@@ -262,15 +265,15 @@ class _Run:
         self.metrics = Metrics(workdir, self.step, t.tensorboard) if self.main else None
 
     # --- before the first step ----------------------------------------------------------------------------------------
-    def _found(self, resume: bool) -> ckpt.Checkpoint | None:
-        newest = ckpt.latest(self.root)
+    def _found(self, resume: bool) -> Checkpoint | None:
+        newest = latest(self.root)
         if newest is None:
             return None
         if not resume:
             raise ConfigError(
                 f"{self.workdir} holds a run at {newest.name}; resume it, or choose another --workdir."
             )
-        found = ckpt.read_checkpoint(newest)
+        found = read_checkpoint(newest)
         earlier = configs.from_dict(found.state["config"])
         differ = configs.differences(earlier, self.config)
         free = _FREE if self.section.decay != "constant" else (*_FREE, "training.steps")
@@ -295,15 +298,15 @@ class _Run:
         except (TypeError, ValueError) as error:
             raise ConfigError(str(error)) from error
 
-    def _restore(self, found: ckpt.Checkpoint) -> None:
+    def _restore(self, found: Checkpoint) -> None:
         where = found.path
         for name in ("model", "ema"):
-            ckpt.check_tensors(found.tensors[name], self.model.state_dict(), f"{where} ({name})")
+            check_tensors(found.tensors[name], self.model.state_dict(), f"{where} ({name})")
         self.model.load_state_dict(found.tensors["model"])
         state = found.state
         try:
             self.ema.load(found.tensors["ema"], int(state["ema_updates"]))
-            ckpt.load_optimizer(self.optimizer.optimizer, self.model, found.tensors["optimizer"], where)
+            load_optimizer(self.optimizer.optimizer, self.model, found.tensors["optimizer"], where)
             self.step, self.seconds, self.saved = found.step, float(state["seconds"]), found.step
             self.loss_sum.fill_(float(state["loss_sum"]))
             self.loss_count = int(state["loss_count"])
@@ -311,7 +314,7 @@ class _Run:
             if scaler is not None and state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
         except (KeyError, TypeError) as error:
-            raise ckpt.CheckpointError(f"{where / 'state.json'} is incomplete: {error!r}.") from error
+            raise CheckpointError(f"{where / 'state.json'} is incomplete: {error!r}.") from error
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     def run(self, progress: bool | None) -> TrainingResult:
@@ -465,7 +468,7 @@ class _Run:
             tensors = {
                 "model": self.model.state_dict(),
                 "ema": self.ema.state_dict(),
-                "optimizer": ckpt.optimizer_tensors(self.optimizer.optimizer, self.model),
+                "optimizer": optimizer_tensors(self.optimizer.optimizer, self.model),
             }
             state = {
                 "config": configs.to_dict(self.config),
@@ -476,7 +479,7 @@ class _Run:
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "processes": self.accelerator.num_processes,
             }
-            ckpt.save_checkpoint(self.root, self.step, tensors, state, self.model.config(), self.section.keep)
+            save_checkpoint(self.root, self.step, tensors, state, self.model.config(), self.section.keep)
         self.saved = self.step
 
 

@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from scoresde import VPSDE, DataSpec, ScoreModel, continuous_loss, elbo, load_pretrained, save_model
+from scoresde import (
+    VPSDE,
+    DataSpec,
+    ScoreModel,
+    continuous_loss,
+    elbo,
+    from_pretrained,
+    load_pretrained,
+    push_to_hub,
+    save_model,
+    save_pretrained,
+)
 from scoresde import config as configs
 from scoresde.cli import main
 from scoresde.networks import ADM, NETWORKS, DiT, UNet
@@ -21,7 +32,7 @@ from scoresde.networks.dit import published_names
 from scoresde.pretrained import MismatchError, edm, edm_pickle, guided_diffusion, load, score_sde
 from scoresde.pretrained import diffusers as diffusers_format
 from scoresde.pretrained.diffusers import architecture, chain, convert_state
-from scoresde.training.checkpoint import CheckpointError
+from scoresde.storage import CheckpointError
 from sde_lib import SDES, NoisePrediction, build
 from solvers import Heun, Karras, solve
 
@@ -495,9 +506,9 @@ def test_own_files_and_folders(tmp_path, levels):
     """Read back as they were, and the code on their card runs: of an SDE and of a chain."""
     model = small_model(levels)
     save_model(model, tmp_path / "m.safetensors")
-    model.save_pretrained(tmp_path / "folder")
+    save_pretrained(model, tmp_path / "folder")
     for path in (tmp_path / "m.safetensors", tmp_path / "folder"):
-        for again in (load_pretrained(path), ScoreModel.from_pretrained(path)):
+        for again in (load_pretrained(path), from_pretrained(path)):
             pairs = zip(model.state_dict().values(), again.state_dict().values(), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
             assert again.config() == model.config()
@@ -515,13 +526,13 @@ def test_from_the_hub_without_a_network(tmp_path, monkeypatch):
     model = small_model()
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "models--someone--digits"
-    model.save_pretrained(repo / "snapshots" / commit)
+    save_pretrained(model, repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
-    again = ScoreModel.from_pretrained("someone/digits", cache_dir=tmp_path, local_files_only=True)
+    again = from_pretrained("someone/digits", cache_dir=tmp_path, local_files_only=True)
     assert again.config() == model.config()
     with pytest.raises(FileNotFoundError):
-        ScoreModel.from_pretrained("someone/else", cache_dir=tmp_path, local_files_only=True)
+        from_pretrained("someone/else", cache_dir=tmp_path, local_files_only=True)
 
 
 def test_pushing_uploads_a_folder(monkeypatch):
@@ -543,7 +554,7 @@ def test_pushing_uploads_a_folder(monkeypatch):
             return "https://example.org/commit"
 
     monkeypatch.setattr(hub, "HfApi", Api)
-    assert small_model().push_to_hub("me/m", private=True) == "https://example.org/commit"
+    assert push_to_hub(small_model(), "me/m", private=True) == "https://example.org/commit"
     assert calls == [("me/m", True, True), ["README.md", "model.safetensors"]]
 
 

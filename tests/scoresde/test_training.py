@@ -12,7 +12,8 @@ import torch
 
 from scoresde import config as configs
 from scoresde.config import ConfigError
-from scoresde.training import TrainingError, draw_samples, latest, load_model, read_checkpoint, read_metrics, train
+from scoresde.storage import latest, load_model, read_checkpoint
+from scoresde.training import TrainingError, draw_samples, read_metrics, train
 from scoresde.training.loop import DECAYS, Order, generator, learning_rate, mix
 from sde_lib import SDES
 

@@ -1,0 +1,186 @@
+"""Score models in files: saved with their configuration, built again from it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as registration
+
+from scoresde.score_model import ScoreModel
+from scoresde.storage.checkpoints import STATE, latest, read_state
+from scoresde.storage.files import one_line
+from scoresde.storage.tensors import CheckpointError, check_tensors, not_finite, read_tensors, write_tensors
+from sde_lib import build
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Those that a whole model may have."""
+
+MOST_LEVELS = 100_000
+"""Of a chain in a file: a hundred times those of any published model. More would take minutes to tabulate."""
+
+
+def save_model(model: ScoreModel, path: str | Path) -> Path:
+    """Write a model, weights and configuration, into one .safetensors file, atomically.
+
+    Equal models give equal bytes.
+
+    Args:
+        model: what to save; its configuration must be rebuildable (`ScoreModel.config`).
+        path: file name ending in .safetensors. An existing file is replaced only by a complete one.
+
+    Raises:
+        ValueError: for another ending, or weights that are NaN or infinite.
+        OSError: if the disk is full; an existing file is left as it was.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"`path` must end in .safetensors, got {str(path)!r}.")
+    tensors = model.state_dict()
+    bad = not_finite(tensors)
+    if bad is not None:
+        raise ValueError(f"Weight {bad!r} is NaN or infinite: the model was not saved.")
+    write_tensors(tensors, path, model.config())
+    return path
+
+
+def load_model(path: str | Path, ema: bool = True, device: str | torch.device = "cpu") -> ScoreModel:
+    """A score model from a .safetensors file, a checkpoint, or a run's workdir (its newest checkpoint).
+
+    Nothing is unpickled, and the file must be what was written, byte for byte. The network is first built without
+    memory (on torch's meta device) and compared with the tensors: names, shapes and dtypes.
+
+    Args:
+        path: file or folder.
+        ema: whether a folder's averaged weights are taken (those to sample with) or the raw ones.
+        device: where the model goes. It is returned in eval mode, in the dtype that it was saved in.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`.
+        CheckpointError: for pickles, damaged files, configurations that cannot be built, tensors that do not fit, and
+            weights that are NaN or infinite.
+        ValueError: for a device that is not there.
+    """
+    device = usable_device(device)
+    file = find_model(path, ema)
+    listed = read_state(file.parent)["files"].get(file.name) if (file.parent / STATE).is_file() else None
+    tensors, config = read_tensors(file, listed)
+    if config is None:
+        raise CheckpointError(
+            f"{file} holds tensors but no scoresde model configuration. Read a published checkpoint with "
+            "scoresde.load_pretrained, or build the ScoreModel yourself and load the tensors with load_state_dict."
+        )
+    return build_model(config, tensors, file).to(device).eval()
+
+
+def build_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str | Path) -> ScoreModel:
+    """The score model of a configuration, with the weights that were saved with it; `where` is for messages.
+
+    Raises:
+        CheckpointError: if they do not fit; before memory is taken.
+    """
+    floating = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    dtype = floating.pop() if len(floating) == 1 else None  # a model saved in float64 comes back in float64
+    check_tensors(tensors, _skeleton(config, tensors, dtype, where), where)
+    bad = not_finite(tensors)
+    if bad is not None:
+        raise CheckpointError(f"Weight {bad!r} in {where} is NaN or infinite: use an earlier checkpoint.")
+    with _explained(where):
+        model = ScoreModel.from_config(config)
+    if dtype is not None:
+        model = model.to(dtype)
+    model.load_state_dict(tensors)
+    return model
+
+
+def _skeleton(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None, where: str | Path
+) -> dict[str, Tensor]:
+    """Tensors without memory of the model that a configuration describes."""
+    from scoresde.networks import NETWORKS
+
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"{where} holds weights of dtype {dtype}, in which no network can be run.")
+    with _explained(where):
+        levels = config.get("levels", 0)
+        if type(levels) is not int or not 0 <= levels <= MOST_LEVELS:
+            raise ValueError(f"`levels` must be an int in 0 … {MOST_LEVELS}, got {levels!r}.")
+        with torch.device("meta"), _bounded(20 * len(tensors) + 200):  # two or three a tensor are usual
+            network = build(NETWORKS, config["network"], "network")
+    network = network if dtype is None else network.to(dtype)
+    return {f"network.{name}": value for name, value in network.state_dict().items()}
+
+
+@contextmanager
+def _explained(where: str | Path) -> Iterator[None]:
+    """A configuration from a file may hold anything, so that building it may fail in any way: all say the same."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
+        raise CheckpointError(f"The model configuration in {where} cannot be built: {kind}{one_line(error)}") from error
+
+
+@contextmanager
+def _bounded(most: int) -> Iterator[None]:
+    """Stops a construction that makes more than so many modules: it could go on for ever."""
+    thread, count = threading.get_ident(), 0
+
+    def module(owner: nn.Module, name: str, value: nn.Module | None) -> None:
+        nonlocal count
+        if threading.get_ident() == thread:
+            count += 1
+            if count > most:
+                raise ValueError("the network has more layers than the tensors that are there can belong to")
+
+    hook = registration.register_module_module_registration_hook(module)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def find_model(path: str | Path, ema: bool = True) -> Path:
+    """The model file that `load_model` would read.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"No such file or folder: {path}")
+    name = "ema.safetensors" if ema else "model.safetensors"
+    if (path / STATE).is_file():
+        return path / name
+    newest = latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if newest is not None:
+        return newest / name
+    if any((path / file).is_file() for file in ("model_index.json", "unet/config.json", "config.json")) and not (
+        path / "metrics.jsonl"
+    ).is_file():
+        raise FileNotFoundError(
+            f"{path} holds no checkpoint of this library, but a config.json as diffusers writes it: convert it once, "
+            f"scoresde convert {path} {path.name}.safetensors, or use scoresde.load_pretrained."
+        )
+    raise FileNotFoundError(f"No checkpoint in {path}: train first, or name a checkpoint folder or file.")
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        ValueError: for one that is not, or that torch does not know.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:  # torch's words for it
+        raise ValueError(f"Cannot use device {str(device)!r}: {one_line(error)}") from error
+    return found
