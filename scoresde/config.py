@@ -13,7 +13,6 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_dict
 from ml_collections.config_flags import config_flags
+
+from scoresde.storage.files import one_line, read_json, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -236,7 +237,7 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         rest = values(argv)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"Bad override: {_one_line(error)}") from error
+        raise ConfigError(f"Bad override: {one_line(error)}") from error
     if rest:
         raise ConfigError(f"Unknown argument {rest[0]!r}; write overrides as --config.field=value.")
     return values["config"].value
@@ -300,7 +301,7 @@ def _execute(path: Path) -> ml_collections.ConfigDict:
 
 def _explain(error: Exception) -> str:
     """One line for an error in a configuration file; a field that does not exist gets a suggestion."""
-    text = _one_line(error)
+    text = one_line(error)
     if isinstance(error, AttributeError | KeyError) and 'Key "' in text:
         part = text.split('Key "', 1)[1].split('"', 1)[0]
         names = {piece for path, _ in flatten(defaults()) for piece in path.split(".")}
@@ -308,10 +309,6 @@ def _explain(error: Exception) -> str:
         meant = f" Did you mean {near[0]!r}?" if near else ""
         return f"there is no field {part!r}.{meant}"
     return f"{type(error).__name__}: {text}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
@@ -360,19 +357,12 @@ def _fill(root: ml_collections.ConfigDict, here: ml_collections.ConfigDict, valu
         try:
             here[key] = tuple(value) if isinstance(value, list) else value
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"config.{path}{key}: {_one_line(error)}") from error
+            raise ConfigError(f"config.{path}{key}: {one_line(error)}") from error
 
 
 def save(config: ml_collections.ConfigDict, path: str | Path) -> None:
     """Write a configuration as JSON, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(to_dict(config), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, json.dumps(to_dict(config), indent=1, allow_nan=False) + "\n")
 
 
 def restore(path: str | Path) -> ml_collections.ConfigDict:
@@ -382,9 +372,9 @@ def restore(path: str | Path) -> ml_collections.ConfigDict:
         ConfigError: for a file that is not JSON or does not fit.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"Cannot read {path}: {_one_line(error)}") from error
+        raise ConfigError(f"Cannot read {path}: {one_line(error)}") from error
     return from_dict(values)
 
 
@@ -423,7 +413,7 @@ def build(table: Mapping[str, Any], section: ml_collections.ConfigDict, what: st
     try:
         return build_entry(table, {"name": name, name: plain}, what, **given)
     except (TypeError, ValueError) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
 
 
 def make_law(config: ml_collections.ConfigDict) -> Law:
@@ -436,7 +426,7 @@ def make_law(config: ml_collections.ConfigDict) -> Law:
     try:
         return sde.discretize(config.sde.chain)
     except ValueError as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
 
 
 def make_data(config: ml_collections.ConfigDict) -> Dataset:
@@ -451,7 +441,7 @@ def make_data(config: ml_collections.ConfigDict) -> Dataset:
     try:
         dataset = source.load()
     except (OSError, ValueError) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
     wanted = config.data.shape
     if wanted is not None and dataset.spec.shape != tuple(wanted):
         raise ConfigError(f"This experiment is for data of shape {tuple(wanted)}, got {dataset.spec.shape}.")
@@ -511,7 +501,7 @@ def make_model(config: ml_collections.ConfigDict, spec: DataSpec) -> ScoreModel:
     try:
         return ScoreModel.from_config(model_config(config, spec))
     except (TypeError, ValueError) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
 
 
 def lookup_entry(table: Mapping[str, Any], name: str, what: str) -> Any:
@@ -521,7 +511,7 @@ def lookup_entry(table: Mapping[str, Any], name: str, what: str) -> Any:
     try:
         return lookup(table, name, what)
     except ValueError as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
 
 
 def _set(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ def compare(
     result = Comparison(runs.settings(), runs.environment(), judges.floors, shape=bench.data_shape, range=bench.range)
     most = {entry.label: references.most_steps(entry, nfe) for entry in entries}
     disable = None if progress is None else not progress
-    with tqdm(plan, desc="comparing", unit="run", disable=disable, file=sys.stderr) as bar:
+    shown = tqdm(plan, desc="comparing", unit="run", disable=disable, file=sys.stderr)
+    with nullcontext() if store is None else store, shown as bar:
         for r, entry, budget in bar:
             bar.set_postfix_str(f"{entry.label} {budget.name}", refresh=False)
             reference = references.name(entry, budget, most[entry.label])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from scoresde.comparison.bench import Bench, grid_key
 from scoresde.comparison.specs import Budget, Entry, describe
-from scoresde.comparison.store import finite, one_line
+from scoresde.comparison.store import finite
+from scoresde.storage.files import one_line
 from sde_lib import Chain, Knot
 from solvers import AdaptiveRungeKutta, Grid, Solution, Solver
 from solvers.grids import GridLike

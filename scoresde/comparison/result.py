@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from scoresde.comparison.store import FORMAT, write_whole
+from scoresde.comparison.store import FORMAT
+from scoresde.storage.files import write_whole
 
 _MEANS = ("nfe", "seconds", "network_seconds", "overhead_seconds", "noise_seconds", "path_median")
 COLUMNS = (

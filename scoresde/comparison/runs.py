@@ -12,8 +12,8 @@ from scoresde.comparison.bench import Bench, digest, grid_key
 from scoresde.comparison.judges import Judges
 from scoresde.comparison.references import Reference, References, distances
 from scoresde.comparison.specs import Budget, Entry, describe_grid, walks_the_grid
-from scoresde.comparison.store import one_line
 from scoresde.comparison.timing import Stopwatch, plain_draw_seconds, synchronize
+from scoresde.storage.files import one_line
 from solvers import Solution
 from solvers.grids import GridLike
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from scoresde.storage.files import one_line, parse_json, replacing
+from scoresde.storage.rows import RowFile
 
 FORMAT = "scoresde-comparison-2"
 
@@ -21,8 +23,8 @@ class RunStore:
     """The runs of a comparison on disk.
 
     The first line is a header: the settings that every run shares, and what the network answered to a probe. The
-    following lines are runs, each appended, flushed and synced when it is done. A half-written last line, left by a
-    killed process, is dropped.
+    following lines are runs, each appended and synced when it is done. A half-written last line, left by a killed
+    process, is dropped. Other comparisons are kept out while it is open. A context manager.
 
     Args:
         path: the file; its folder is made.
@@ -32,7 +34,9 @@ class RunStore:
         resume: False deletes what the file holds.
 
     Raises:
-        ValueError: if the file belongs to another comparison; the message names what differs and what to do.
+        LockedError: if another comparison writes there.
+        ValueError: if the file is damaged, or belongs to another comparison; the message names what differs and what to
+            do.
     """
 
     def __init__(
@@ -46,19 +50,35 @@ class RunStore:
         self._samples = path.with_name(f"{path.stem}_samples")
         self.runs: dict[str, dict[str, Any]] = {}
         figures = {name: values for name, (values, _) in probe.items()}
-        lines: list[dict[str, Any]] = [{"format": FORMAT, "settings": dict(settings), "probe": figures}]
-        if resume and path.exists() and path.stat().st_size:
-            lines = _lines(path)
-            self._check(lines[0] if lines else {}, settings, probe)
-            self.runs = {line["key"]: line for line in lines[1:]}
-        write_whole(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+        header = json.dumps({"format": FORMAT, "settings": dict(settings), "probe": figures}, allow_nan=False)
 
-    def _check(
-        self, found: Mapping[str, Any], settings: Mapping[str, Any], probe: Mapping[str, tuple[list[float], float]]
-    ) -> None:
+        def keep(lines: list[str]) -> list[str]:
+            if not resume or not lines:
+                return [header]
+            self._check(lines[0], settings, probe)
+            self.runs = {run["key"]: run for run in map(self._run, range(2, len(lines) + 1), lines[1:])}
+            return lines
+
+        self._file = RowFile(path, keep)
+
+    def _run(self, number: int, line: str) -> dict[str, Any]:
+        what = f"Line {number} of {self.path}"
+        found = parse_json(line, what)
+        if not isinstance(found, dict) or not {"key", "status"} <= set(found):
+            raise ValueError(f"{what} is no run of a comparison: delete the line, and it is run anew.")
+        return found
+
+    def _check(self, header: str, settings: Mapping[str, Any], probe: Mapping[str, tuple[list[float], float]]) -> None:
         remedy = "Give another path, or resume=False (--restart) to start anew."
-        if found.get("format") != FORMAT:
-            raise ValueError(f"{self.path} is not a comparison of this version (format {FORMAT!r}). {remedy}")
+        refusal = f"{self.path} is not a comparison of this version (format {FORMAT!r}). {remedy}"
+        try:
+            found = parse_json(header, "Its first line")
+        except ValueError as error:
+            raise ValueError(refusal) from error
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise ValueError(refusal)
+        if not isinstance(found.get("settings"), dict) or not isinstance(found.get("probe"), dict):
+            raise ValueError(f"The first line of {self.path} is damaged. {remedy}")
         old, new = found["settings"], json.loads(json.dumps(settings))
         differ = [f"{k} ({old.get(k)} then, {new.get(k)} now)" for k in new if old.get(k) != new[k]]
         if differ:
@@ -76,52 +96,30 @@ class RunStore:
         if run is None or run["status"] != "ok":
             return None
         file = self._samples / f"{_word(key)}.npy"
-        return run, torch.from_numpy(np.load(file)) if file.is_file() else None
+        if not file.is_file():
+            return run, None
+        try:
+            return run, torch.from_numpy(np.load(file))
+        except (EOFError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is damaged ({one_line(error)}): delete it.") from error
 
     def add(self, run: dict[str, Any], samples: Tensor | None = None) -> None:
         """Append a finished run; samples to show of it go into a folder beside the file."""
         if samples is not None:
-            self._samples.mkdir(exist_ok=True)
-            np.save(self._samples / f"{_word(run['key'])}.npy", samples.numpy())
+            with replacing(self._samples / f"{_word(run['key'])}.npy") as temporary, temporary.open("wb") as file:
+                np.save(file, samples.numpy())
         self.runs[run["key"]] = run
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(run, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.add([json.dumps(run, allow_nan=False)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def _word(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of the file, up to the first line that is none."""
-    found: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(content, dict):
-            break
-        found.append(content)
-    return found
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file by a complete one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def one_line(error: BaseException | str) -> str:
-    """A message fit for a row of a table."""
-    return " ".join(str(error).split())[:400]
 
 
 def finite(value: float | None) -> float | None:

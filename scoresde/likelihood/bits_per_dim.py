@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from scoresde.likelihood.dequantization import Dequantization, as_dequantization
 from scoresde.likelihood.log_likelihood import Likelihood, log_likelihood
 from scoresde.likelihood.scores import COLUMNS, ScoreFile, fingerprint
 from scoresde.score_model import DataSpec, ScoreModel
+from scoresde.storage.processes import process
 from sde_lib import SDE
 from solvers import PerSample, Status
 
@@ -157,19 +159,22 @@ def bits_per_dim(
     job = _Job(spec, law, dequantization, samples, bound, seed, {**options, "keep": False})
     shown = {k: v if isinstance(v, int | float | str | bool | None) else repr(v) for k, v in options.items()}
     settings = {"bound": bound, "dequantization": name, "samples": samples, "seed": seed, "options": shown}
-    file = None if path is None else ScoreFile(Path(path), settings | fingerprint(model, data, labels), resume)
-    rank, world = _process()
-    done = {} if file is None else file.rows
-    todo = [i for i in range(len(data)) if i not in done][rank::world]
-    batches = [todo[low : low + batch_size] for low in range(0, len(todo), batch_size)]
-    disable = rank > 0 or None if progress is None else not progress
-    with tqdm(total=len(todo), desc="bits/dim", unit="sample", disable=disable, file=sys.stderr) as bar:
-        for part, rows in _scored(model, job, data, labels, batches, devices):
-            done.update(zip(part, rows, strict=True))
-            if file is not None:
-                file.add({i: done[i] for i in part})
-            bar.update(len(part))
-    done = _gathered(done)
+    rank, world = process()
+    opened = None if path is None else ScoreFile(Path(path), settings | fingerprint(model, data, labels), resume)
+    with nullcontext() if opened is None else opened as file:
+        done = {} if file is None else file.rows
+        todo = [i for i in range(len(data)) if i not in done][rank::world]
+        batches = [todo[low : low + batch_size] for low in range(0, len(todo), batch_size)]
+        disable = rank > 0 or None if progress is None else not progress
+        with tqdm(total=len(todo), desc="bits/dim", unit="sample", disable=disable, file=sys.stderr) as bar:
+            for part, rows in _scored(model, job, data, labels, batches, devices):
+                done.update(zip(part, rows, strict=True))
+                if file is not None:
+                    file.add({i: done[i] for i in part})
+                bar.update(len(part))
+        done = _gathered(done)
+        if file is not None:
+            file.merge(done)
     table = torch.tensor([done[i] for i in range(len(data))], dtype=torch.float64)
     return _result(table, spec, law, name if spec.levels is not None else None, bound, samples)
 
@@ -296,15 +301,9 @@ def _scored(
             yield from found
 
 
-def _process() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    d = torch.distributed
-    return (d.get_rank(), d.get_world_size()) if d.is_available() and d.is_initialized() else (0, 1)
-
-
 def _gathered(done: dict[int, list[float]]) -> dict[int, list[float]]:
     """The rows of all processes."""
-    world = _process()[1]
+    world = process()[1]
     if world == 1:
         return done
     parts: list[Any] = [None] * world

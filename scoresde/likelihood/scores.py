@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from scoresde.score_model import ScoreModel
+from scoresde.storage.files import parse_json, write_whole
+from scoresde.storage.processes import first_tells, process
+from scoresde.storage.rows import RowFile, read_lines
 
 COLUMNS = (
     "bits_per_dim",
@@ -32,71 +33,98 @@ COLUMNS = (
 class ScoreFile:
     """A CSV file: a comment with the settings as JSON, the names of the columns, a row per sample.
 
-    Rows are appended, flushed and synced as they are done. A half-written last row, left by a killed process, is
-    dropped. In a process group every process but the first writes a file of its own beside it (``name.rank1.csv``), and
-    all are read.
+    Rows are appended and synced as they are done. A half-written last row, left by a killed process, is dropped. In a
+    process group the first process reads and tells the others what is done; every other one writes a file of its own
+    beside it (``name.rank1.csv``), which the first takes over at the end, or when the scoring goes on after a kill.
+    Other runs are kept out while it is open. A context manager.
 
     Args:
         path: the file; its folder is made.
         settings: must equal the file's.
         resume: False starts the file anew.
 
+    Attributes:
+        rows: figures of the samples that are done, by index.
+
     Raises:
-        ValueError: if the file belongs to other data, another model or other settings.
+        LockedError: if another run writes there.
+        ValueError: if the file belongs to other data, another model or other settings, or is damaged.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], resume: bool = True) -> None:
-        d = torch.distributed
-        rank = d.get_rank() if d.is_available() and d.is_initialized() else 0
-        self.path = path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+        self.path, self._rank = path, process()[0]
         self.settings = json.loads(json.dumps(settings))
-        self.rows: dict[int, list[float]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files = sorted({path, *path.parent.glob(f"{path.stem}.rank*{path.suffix}")})
-        if resume:
-            for file in files:
-                if file.exists() and file.stat().st_size:
-                    self.rows.update(self._read(file))
-        elif rank == 0:
-            for file in files:
-                file.unlink(missing_ok=True)
-        if not self.path.exists() or not resume or rank == 0:
-            # written anew, so that a half-written row is gone
-            rows = self.rows if rank == 0 else {}
-            self.path.write_text(self._head() + "".join(_line(i, row) for i, row in sorted(rows.items())), "utf-8")
+        self.rows: dict[int, list[float]] = first_tells(lambda: self._opened(resume))
+        if self._rank:
+            name = f"{path.stem}.rank{self._rank}{path.suffix}"
+            self._file = RowFile(path.with_name(name), lambda _: self._head(), exclusive=False)
 
-    def _head(self) -> str:
-        return f"# {json.dumps(self.settings)}\nindex,{','.join(COLUMNS)}\n"
+    def _opened(self, resume: bool) -> dict[int, list[float]]:
+        """In the first process: the rows of all files, which are then in its own."""
+        rows: dict[int, list[float]] = {}
 
-    def _read(self, file: Path) -> dict[int, list[float]]:
-        lines = file.read_text("utf-8").split("\n")
+        def keep(lines: list[str]) -> list[str]:
+            if resume:
+                rows.update(self._read(self.path, lines) if lines else {})
+                for file in self._others():
+                    rows.update(self._read(file, read_lines(file)))
+            return self._lines(rows)
+
+        self._file = RowFile(self.path, keep)
+        for file in self._others():
+            file.unlink()
+        return rows
+
+    def _others(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.stem}.rank*{self.path.suffix}"))
+
+    def _head(self) -> list[str]:
+        return [f"# {json.dumps(self.settings)}", f"index,{','.join(COLUMNS)}"]
+
+    def _lines(self, rows: Mapping[int, Sequence[float]]) -> list[str]:
+        return [*self._head(), *(_line(i, row) for i, row in rows.items())]
+
+    def _read(self, file: Path, lines: list[str]) -> dict[int, list[float]]:
         remedy = "Give another path, or resume=False (--restart) to start anew."
-        try:
-            found = json.loads(lines[0].removeprefix("# ")) if lines[0].startswith("# ") else None
-        except ValueError:
-            found = None
-        if not isinstance(found, dict) or lines[1:2] != [f"index,{','.join(COLUMNS)}"]:
+        head, columns = [*lines, "", ""][:2]
+        if not head.startswith("# {") or columns != self._head()[1]:
             raise ValueError(f"{file} is not a file of scores. {remedy}")
+        found = parse_json(head.removeprefix("# "), f"The first line of {file}")
         differ = [k for k in self.settings if found.get(k) != self.settings[k]]
         if differ:
             then = "; ".join(f"{k}: {found.get(k)} then, {self.settings[k]} now" for k in differ)
             raise ValueError(f"{file} holds scores of something else ({then}). {remedy}")
         rows = {}
-        for row in csv.reader(lines[2:-1]):  # the last piece is empty, or half a row
-            if len(row) == len(COLUMNS) + 1:
-                rows[int(row[0])] = [float(value) for value in row[1:]]
+        for number, line in enumerate(lines[2:], 3):
+            index, *figures = line.split(",")
+            try:
+                rows[int(index)] = [float(value) for value in figures]
+            except ValueError:
+                figures = []
+            if len(figures) != len(COLUMNS):
+                raise ValueError(f"Line {number} of {file} is damaged: delete the line to score that sample anew.")
         return rows
 
     def add(self, rows: Mapping[int, Sequence[float]]) -> None:
         """Append finished rows."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(_line(i, row) for i, row in rows.items()))
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.add(_line(i, row) for i, row in rows.items())
+
+    def merge(self, rows: Mapping[int, Sequence[float]]) -> None:
+        """In the first process: take over the rows of all, which have to be done. The others' files are removed."""
+        if self._rank == 0 and self._others():
+            write_whole(self.path, "".join(f"{line}\n" for line in self._lines(dict(sorted(rows.items())))))
+            for file in self._others():
+                file.unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def _line(index: int, row: Sequence[float]) -> str:
-    return f"{index},{','.join(repr(float(v)) for v in row)}\n"
+    return f"{index},{','.join(repr(float(v)) for v in row)}"
 
 
 def fingerprint(model: ScoreModel, data: Tensor, labels: Tensor | None) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -242,6 +243,7 @@ def _scored_by_two(rank, folder, queue):
     spec = DataSpec.integers((2,), 5)
     model = model_of(GaussianMixture([[-0.4, 0.1], [0.5, 0.2]], std=[0.3, 0.2]), spec)
     counts = torch.randint(0, 5, (7, 2), generator=torch.Generator().manual_seed(0))
+    time.sleep(0.5 * rank)  # the first is done with some rows before the other looks
     result = bits_per_dim(model, counts, batch_size=2, steps=16, divergence="hutchinson", path=folder[1])
     queue.put((rank, result.per_sample.tolist()))
     torch.distributed.destroy_process_group()
@@ -249,12 +251,22 @@ def _scored_by_two(rank, folder, queue):
 
 @pytest.mark.slow
 def test_processes_share_the_work(tmp_path):
-    """Two processes: each scores its half, both get the whole, which is that of one; the files go on in one process."""
+    """Two processes: each scores its half, both get the whole, which is that of one, and every row is written once.
+
+    They start from what a killed run of two left: rows 0 and 1 in its two files, and half a row."""
     import socket
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
+    spec = DataSpec.integers((2,), 5)
+    model = model_of(GaussianMixture([[-0.4, 0.1], [0.5, 0.2]], std=[0.3, 0.2]), spec)
+    counts = torch.randint(0, 5, (7, 2), generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "scores.csv"
+    alone = bits_per_dim(model, counts, steps=16, divergence="hutchinson", path=path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[4][:9])
+    (tmp_path / "scores.rank1.csv").write_text("".join([*lines[:2], lines[3]]))
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     folder = (port, str(tmp_path / "scores.csv"))
@@ -264,16 +276,13 @@ def test_processes_share_the_work(tmp_path):
     results = dict(queue.get(timeout=300) for _ in workers)
     for worker in workers:
         worker.join()
-    spec = DataSpec.integers((2,), 5)
-    model = model_of(GaussianMixture([[-0.4, 0.1], [0.5, 0.2]], std=[0.3, 0.2]), spec)
-    counts = torch.randint(0, 5, (7, 2), generator=torch.Generator().manual_seed(0))
-    alone = bits_per_dim(model, counts, steps=16, divergence="hutchinson")
     for result in results.values():
         torch.testing.assert_close(torch.tensor(result, dtype=torch.float64), alone.per_sample)
-    rows = [len(file.read_text().splitlines()) - 2 for file in sorted(tmp_path.glob("*.csv"))]
-    assert sorted(rows) == [3, 4]
-    again = bits_per_dim(model, counts, steps=16, divergence="hutchinson", path=tmp_path / "scores.csv")
-    torch.testing.assert_close(again.per_sample, alone.per_sample)
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.csv"]
+    written = path.read_text().splitlines()
+    assert written[:2] == [line.rstrip() for line in lines[:2]]
+    assert [int(line.split(",")[0]) for line in written[2:]] == list(range(7))
+
 
 
 def test_a_target_for_the_noise_of_the_traces():
