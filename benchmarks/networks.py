@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scoresde import config, continuous_loss
-from scoresde.networks import blocks, unet
+from scoresde.networks import blocks, resampling
 from scoresde.score_model import DataSpec, ScoreModel
 
 ROWS = ("published arithmetic, eager", "eager", "channels last", "compiled", "compiled, channels last")
@@ -42,12 +42,10 @@ def _filtered(x: Tensor, up: int, down: int, pad: tuple[int, int], gain: float) 
     return x[:, :, ::down, ::down].reshape(b, c, (h * up) // down, (w * up) // down)
 
 
-def _downsample(x: Tensor, fir: bool) -> Tensor:
-    return _filtered(x, 1, 2, (1, 1), 1.0) if fir else F.avg_pool2d(x, 2)
-
-
-def _upsample(x: Tensor, fir: bool) -> Tensor:
-    return _filtered(x, 2, 1, (2, 1), 4.0) if fir else F.interpolate(x, scale_factor=2.0)
+def _resampled(self: resampling.Resample, x: Tensor) -> Tensor:
+    if self.filter is None:
+        return F.avg_pool2d(x, 2) if self.way == "down" else F.interpolate(x, scale_factor=2.0)
+    return _filtered(x, 1, 2, (1, 1), 1.0) if self.way == "down" else _filtered(x, 2, 1, (2, 1), 4.0)
 
 
 def _attention(self: blocks.Attention, x: Tensor) -> Tensor:
@@ -61,14 +59,13 @@ def _attention(self: blocks.Attention, x: Tensor) -> Tensor:
 @contextlib.contextmanager
 def as_published() -> Iterator[None]:
     """The naive functions in place of ours."""
-    kept = (blocks.downsample, blocks.upsample, blocks.Attention.forward, unet.downsample, unet.upsample)
-    blocks.downsample = unet.downsample = _downsample
-    blocks.upsample = unet.upsample = _upsample
+    kept = resampling.Resample.forward, blocks.Attention.forward
+    resampling.Resample.forward = _resampled  # type: ignore[method-assign]
     blocks.Attention.forward = _attention  # type: ignore[method-assign]
     try:
         yield
     finally:
-        blocks.downsample, blocks.upsample, blocks.Attention.forward, unet.downsample, unet.upsample = kept
+        resampling.Resample.forward, blocks.Attention.forward = kept  # type: ignore[method-assign]
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------

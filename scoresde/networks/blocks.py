@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scoresde.networks.embeddings import zeroed
-from scoresde.networks.resampling import downsample, upsample
+from scoresde.networks.resampling import Resample
 
 
 def group_norm(channels: int, groups: int | None = None, eps: float = 1e-5) -> nn.GroupNorm:
@@ -82,21 +82,17 @@ class ResidualBlock(nn.Module):
         project: bool = True,
     ) -> None:
         super().__init__()
-        self.scale_shift, self.rescale, self.resample, self.fir = scale_shift, rescale, resample, fir
+        self.scale_shift, self.rescale = scale_shift, rescale
         self.norm1, self.conv1 = group_norm(inputs, norm_groups, norm_eps), conv(inputs, outputs)
+        self.resample = Resample(inputs, resample, fir) if resample else nn.Identity()
         self.condition = nn.Linear(condition, 2 * outputs if scale_shift else outputs)
         self.norm2, self.dropout = group_norm(outputs, norm_groups, norm_eps), nn.Dropout(dropout)
         self.conv2 = conv(outputs, outputs, zero=True)
         bare = inputs == outputs and not (resample and project)
         self.skip = nn.Identity() if bare else conv(inputs, outputs, 1)
 
-    def _resampled(self, x: Tensor) -> Tensor:
-        if not self.resample:
-            return x
-        return (downsample if self.resample == "down" else upsample)(x, self.fir)
-
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        h = self.conv1(self._resampled(F.silu(self.norm1(x))))
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
         c = self.condition(c)[:, :, None, None]
         if self.scale_shift:
             scale, shift = c.chunk(2, 1)
@@ -104,7 +100,7 @@ class ResidualBlock(nn.Module):
         else:
             h = self.norm2(h + c)
         h = self.conv2(self.dropout(F.silu(h)))
-        return joined(self.skip(self._resampled(x)), h, self.rescale)
+        return joined(self.skip(self.resample(x)), h, self.rescale)
 
 
 class Attention(nn.Module):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scoresde.networks.blocks import Attention, Combine, Outlet, ResidualBlock, Stage, conv, initialise_by_fans, joined
 from scoresde.networks.embeddings import Condition, check_count, check_dropout
-from scoresde.networks.resampling import DownConv, UpConv, downsample, upsample
+from scoresde.networks.resampling import DownConv, Resample, UpConv
 
 CONDITIONINGS = ("scale_shift", "add")
 RESAMPLINGS = ("convolution", "block")
@@ -148,10 +148,13 @@ class UNet(nn.Module):
         data, height, _ = self.shape
         levels, width = len(multipliers), width or 4 * channels
         heights = [height >> i for i in range(levels)]
-        self.num_classes, self.fir, self.rescale, self.resampling = num_classes, fir, rescale, resampling
+        self.num_classes, self.rescale, self.resampling = num_classes, rescale, resampling
         self.input_pyramid, self.output_pyramid = input_pyramid, output_pyramid
         self.learned_variance, self.checkpointing = learned_variance, checkpointing
         out = 2 * data if learned_variance else data
+        # of the images in "skip" pyramids
+        self.smaller = Resample(data, "down", fir) if input_pyramid == "skip" else None
+        self.larger = Resample(out, "up", fir) if output_pyramid == "skip" else None
         self.condition = Condition(
             width, num_classes, embedding, max_period, fourier_scale, features, class_entry, augmentations
         )
@@ -262,8 +265,8 @@ class UNet(nn.Module):
         for stage in self.down:
             if isinstance(stage, Down):
                 h = self._run(stage.features, h, c)
-                if self.input_pyramid == "skip":
-                    pyramid = downsample(pyramid, self.fir)
+                if self.smaller is not None:
+                    pyramid = self.smaller(pyramid)
                     h = stage.pyramid(pyramid, h)  # type: ignore[misc]
                 elif self.input_pyramid == "residual":
                     h = pyramid = joined(stage.pyramid(pyramid), h, self.rescale)  # type: ignore[misc]
@@ -277,9 +280,9 @@ class UNet(nn.Module):
         for level in self.up:
             for stage in level.stages:
                 h = self._run(stage, torch.cat([h, skips.pop()], 1), c)
-            if self.output_pyramid == "skip":
+            if self.larger is not None:
                 part = level.outlet(h)
-                image = part if image is None else upsample(image, self.fir) + part
+                image = part if image is None else self.larger(image) + part
             elif self.output_pyramid == "residual":
                 if image is None:
                     image = level.outlet(h)

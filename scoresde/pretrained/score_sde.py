@@ -146,7 +146,7 @@ def entries(network: nn.Module) -> Iterator[Entry]:
             for entry in names.attention(module, f"{here}.GroupNorm_0", qkv, f"{here}.NIN_3"):
                 yield _network_in_network(entry) if "NIN" in entry.parts[0] else entry
         elif isinstance(module, DownConv | UpConv | Combine):
-            filtered = not isinstance(module, Combine) and module.fir
+            filtered = not isinstance(module, Combine) and module.filter is not None
             yield from names.pair(module.conv, f"{here}.{'Conv2d_0' if filtered else 'Conv_0'}")
         elif module is network.condition.first:
             yield from names.pair(module, here, swapped)

@@ -8,7 +8,7 @@ import torch
 
 from scoresde.networks import DDPM, NCSNpp
 from scoresde.networks.embeddings import FourierEmbedding
-from scoresde.networks.resampling import downsample, upsample
+from scoresde.networks.resampling import Filter, Resample
 from scoresde.pretrained.score_sde import convert_state, entries, read_checkpoint
 
 NAMES = [
@@ -122,10 +122,28 @@ def test_the_filter_keeps_constants_and_is_its_own_adjoint():
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for fir in (True, False):
-        torch.testing.assert_close(4 * (downsample(x, fir) * y).sum(), (x * upsample(y, fir)).sum())
-        ones = torch.ones(1, 1, 8, 8, dtype=torch.float64)
-        torch.testing.assert_close(downsample(ones, fir)[..., 1:-1, 1:-1], ones[..., :2, :2])
-        torch.testing.assert_close(upsample(ones, fir)[..., 1:-1, 1:-1], ones.new_ones(1, 1, 14, 14))
+        down, up = (Resample(3, way, fir).double() for way in ("down", "up"))
+        torch.testing.assert_close(4 * (down(x) * y).sum(), (x * up(y)).sum())
+        ones = torch.ones(1, 3, 8, 8, dtype=torch.float64)
+        torch.testing.assert_close(down(ones)[..., 1:-1, 1:-1], ones[..., :2, :2])
+        torch.testing.assert_close(up(ones)[..., 1:-1, 1:-1], ones.new_ones(1, 3, 14, 14))
+
+
+def test_the_filter_is_a_constant_that_follows_its_module():
+    """In no state dict, exact in every dtype, there after `to_empty`, and not made anew by a forward pass."""
+    net = NCSNpp((3, 8, 8), channels=8, multipliers=(1, 2), blocks=1, attention=())
+    filters = [m for m in net.modules() if isinstance(m, Filter)]
+    assert len(filters) == 3 and not any("kernel" in name for name in net.state_dict())
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8.0
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        for f in (m for m in net.to(dtype).modules() if isinstance(m, Filter)):
+            assert f.kernel.dtype == dtype and torch.equal(f.kernel[0, 0].double(), f.gain * torch.outer(taps, taps))
+    with torch.device("meta"):
+        later = NCSNpp((3, 8, 8), channels=8, multipliers=(1, 2), blocks=1, attention=())
+    assert all(m.kernel.is_meta for m in later.modules() if isinstance(m, Filter))
+    later.to_empty(device="cpu").double().load_state_dict(net.state_dict())
+    x, label = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    torch.testing.assert_close(later.eval()(x, label), net.eval()(x, label), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize(
