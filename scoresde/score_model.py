@@ -264,6 +264,9 @@ class ScoreModel(nn.Module):
             raise ValueError(f"`t` must have shape () or (B,) with B = {x.shape[0]}, got {tuple(t.shape)}.")
         if isinstance(t, int | float) and not isinstance(law, Chain) and not law.t_min <= t <= law.t_max:
             raise ValueError(f"t = {t} lies outside [{law.t_min}, {law.t_max}], where this model is defined.")
+        if isinstance(t, float) and torch.compiler.is_compiling():
+            # as a number every time would be a graph of its own, or a failed guard: `math` knows no symbols
+            t = x.new_full(x.shape[:1], t, dtype=torch.float64)
         return self.predict(x, law.knot(t, ndim=x.ndim), **condition)
 
     def loss(self, data: Tensor, *, rng: torch.Generator | None = None, **options: Any) -> Tensor:
