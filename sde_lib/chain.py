@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import _math as m
+from sde_lib._constants import Constants
 from sde_lib.knot import DATA, Knot, posterior, transition
 from sde_lib.reverse import ReverseSDE, reverse_from_function
 
@@ -58,6 +59,7 @@ class Chain:
         self.alpha = _table(k.alpha for k in self.levels)
         self.sigma = _table(k.sigma for k in self.levels)
         self.half_log_snr = _table(k.half_log_snr for k in self.levels)
+        self._constants = Constants(self.times, self.alpha, self.sigma, self.half_log_snr)
         before = (DATA, *self.levels[:-1])
         kernels = [transition(s, t) for s, t in zip(before, self.levels, strict=True)]
         self.forward_scale = _table(k.scale for k in kernels)
@@ -102,8 +104,7 @@ class Chain:
             if index.device.type == "cpu" and not (0 <= int(index.min()) and int(index.max()) < self.n):
                 raise ValueError(f"Levels must be in 0..{self.n - 1}, got {int(index.min())} to {int(index.max())}.")
             shape = (-1, *[1] * (ndim - 1))
-            tables = (self.times, self.alpha, self.sigma, self.half_log_snr)
-            t, alpha, sigma, lam = (table.to(index.device)[index].reshape(shape) for table in tables)
+            t, alpha, sigma, lam = (table[index].reshape(shape) for table in self._constants.on(index.device))
             return Knot(t, alpha, sigma, lam, index.reshape(shape), self)
         if isinstance(index, float) or (isinstance(index, Tensor) and index.is_floating_point()):
             raise TypeError(f"A chain is indexed by level 0..{self.n - 1}, got the time {float(index)}.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import _math as m
+from sde_lib._constants import Constants
 from sde_lib._math import Real
 from sde_lib.sde import SDE
 
@@ -32,6 +33,7 @@ class TabulatedSDE(SDE):
     _times: list[float] = field(init=False, repr=False)
     _lams: list[float] = field(init=False, repr=False)
     _slopes: list[float] = field(init=False, repr=False)
+    _constants: Constants = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         table = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64).flatten().tolist()
@@ -44,6 +46,7 @@ class TabulatedSDE(SDE):
         object.__setattr__(self, "_times", [(i + 1) / n for i in range(n)])
         object.__setattr__(self, "_lams", lams)
         object.__setattr__(self, "_slopes", _pchip_slopes(lams, 1.0 / n))
+        object.__setattr__(self, "_constants", Constants(self._times, self._lams, self._slopes))
 
     def __repr__(self) -> str:
         return f"TabulatedSDE(n={len(self._times)}, half_log_snr={self._lams[0]:.3g}…{self._lams[-1]:.3g})"
@@ -60,15 +63,12 @@ class TabulatedSDE(SDE):
         """Position u in [0, 1] within the interval of t, and the interval's end values and slopes (times h)."""
         n, h = len(self._times), 1.0 / len(self._times)
         if isinstance(t, Tensor):
-            times, lams, slopes = (torch.tensor(v, dtype=t.dtype, device=t.device) for v in self._tables())
+            times, lams, slopes = (v.to(t.dtype) for v in self._constants.on(t.device))
             i = (torch.searchsorted(times, t.detach().contiguous(), right=True) - 1).clamp(0, n - 2)
             return (t - times[i]) / h, lams[i], lams[i + 1], slopes[i] * h, slopes[i + 1] * h
         j = min(max(bisect.bisect_right(self._times, t) - 1, 0), n - 2)
         u = (t - self._times[j]) / h
         return u, self._lams[j], self._lams[j + 1], self._slopes[j] * h, self._slopes[j + 1] * h
-
-    def _tables(self) -> tuple[list[float], list[float], list[float]]:
-        return self._times, self._lams, self._slopes
 
     def _lam(self, t: Real) -> Real:
         u, y0, y1, d0, d1 = self._piece(t)
@@ -95,9 +95,7 @@ class TabulatedSDE(SDE):
         """Bisection inside the interval: the cubic is monotone, 60 halvings reach the last bit."""
         n, h = len(self._times), 1.0 / len(self._times)
         if isinstance(half_log_snr, Tensor):
-            times, lams, slopes = (
-                torch.tensor(v, dtype=torch.float64, device=half_log_snr.device) for v in self._tables()
-            )
+            times, lams, slopes = self._constants.on(half_log_snr.device)
             i = (torch.searchsorted(-lams, -half_log_snr.contiguous(), right=True) - 1).clamp(0, n - 2)
             piece = lams[i], lams[i + 1], slopes[i] * h, slopes[i + 1] * h
             low, high = torch.zeros_like(half_log_snr), torch.ones_like(half_log_snr)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sde_lib import VPSDE, FlowSDE
+from scoresde import MLP, ScoreModel
+from sde_lib import SDES, VPSDE, FlowSDE
 from solvers import DDIM, SOLVERS, DPMpp3M, Heun, Multistep, PredictorCorrector, Recorded, UniPC, solve
 
 FIXED = {name: cls() for name, cls in SOLVERS.items() if not cls.adaptive}
@@ -124,3 +125,18 @@ def test_the_flow_starts_from_pure_noise_in_one_graph(device):
     with torch.no_grad():
         compiled = torch.compile(run, fullgraph=True, backend="eager")(x)
         torch.testing.assert_close(compiled, run(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["vp", "cosine", "flow"])
+def test_a_model_takes_any_number_as_its_time_in_two_graphs(name):
+    """One for the first time, one for all others: a graph each would end at PyTorch's limit, or in a failed guard."""
+    law = SDES[name]()
+    model = ScoreModel(MLP((2,)), law, "v").eval()
+    x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for t in (0.5, 0.25, 0.75, 0.125, 0.9, 0.2):
+            # coefficients in float64 on either side, rounded once to the state's float32
+            torch.testing.assert_close(compiled(x, t).score, model(x, t).score, rtol=1e-6, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -1,0 +1,110 @@
+"""Nothing inside a fixed-step run, a network or a loss waits for the device: proved without one, see `devices`.
+
+The tests marked `gpu` in `solvers/test_compiled.py` prove the same on a device, by capture.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from devices import META, waits
+from oracles import make_sde
+
+from scoresde import ScoreModel, chain_loss, continuous_loss, inpaint
+from scoresde.networks import NETWORKS
+from sde_lib import SDES, VPSDE, FlowSDE
+from solvers import SOLVERS, BrownianPath, PerSample, Recorded, solve
+
+FIXED = [name for name, cls in SOLVERS.items() if not cls.adaptive]
+IMAGES = {"shape": (3, 16, 16)}
+SMALL = {
+    "mlp": {"shape": (2,)},
+    "unet": IMAGES | {"channels": 8, "attention": (8,), "num_classes": 3},
+    "ncsnpp": IMAGES | {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,)},
+    "ddpm": IMAGES | {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention": (8,)},
+    "adm": IMAGES | {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "num_classes": 3},
+    "dit": IMAGES | {"width": 16, "depth": 2, "heads": 2, "num_classes": 3},
+    "ncsn": IMAGES | {"channels": 4},
+    "ncsnv2": IMAGES | {"channels": 4},
+}
+
+
+def state(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device=META)
+
+
+def reverse(law, shape):
+    weights = state(*shape[1:])
+    return law.reverse(v=lambda x, t: torch.tanh(x * weights) * t.reshape(-1, *[1] * (x.ndim - 1)))
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_no_solver_waits(name):
+    """On a law with a finite prior and on one with alpha = 0, for every kind of noise, projected at every step."""
+    shape = (3, 2, 4)
+    x, solver = state(*shape), SOLVERS[name]()
+    noises = [PerSample([5, 1, 3]), Recorded([state(*shape)] * 60)]
+    if name == "euler_maruyama":  # the path is the same for every solver
+        noises.append(BrownianPath([4, 9, 2]))
+    for law in (VPSDE(), FlowSDE()):
+        rev = reverse(law, shape)
+        for noise in noises if solver.stochastic else noises[:1]:
+            draw = noise.bind(x)  # before a capture
+            project = inpaint(state(*shape), state(*shape)) if noise is noises[0] else None
+            with waits() as seen:
+                end = solve(rev, x, solver, steps=4, rng=draw, end="denoise", project=project, check=False).x
+            assert end.device == META and not seen
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_network_waits(name):
+    """Forward and backward, with the class where there is one; a second pyramid for the U-Net with filters."""
+    variants = [{}]
+    if name == "ncsnpp":
+        variants += [{"input_pyramid": "skip", "output_pyramid": "skip"}, {"resampling": "convolution"}]
+        variants += [{"output_pyramid": "residual", "embedding": "sinusoidal"}]
+    for more in variants:
+        options = SMALL[name] | more
+        with torch.device("meta"):
+            net = NETWORKS[name](**options)
+        x, label = state(2, *options["shape"]), state(2)
+        condition = {"class_label": state(2).long()} if options.get("num_classes") else {}
+        with waits() as seen:
+            net(x, label, **condition).sum().backward()
+        assert not seen
+
+
+@pytest.mark.parametrize("name", [*SDES, "chain"])
+def test_no_loss_waits(name):
+    """Once a table has been copied to the device."""
+    law = VPSDE().discretize(50) if name == "chain" else make_sde(name)
+    with torch.device("meta"):
+        net = NETWORKS["mlp"]((2,))
+    model = ScoreModel(net, law, "v", "index" if name == "chain" else "quarter_log_sigma")
+    x = state(4, 2)
+    if name == "chain":
+        runs = [lambda: chain_loss(model, x), lambda: chain_loss(model, x, weighting="raw")]
+    else:
+        options = ({}, {"weighting": "likelihood"}, {"times": "importance"}, {"times": "lognormal", "weighting": "raw"})
+        runs = [lambda o=o: continuous_loss(model, x, **o) for o in options]
+    runs[0]()
+    with waits() as seen:
+        for run in runs:
+            run().value.backward()
+    assert not seen
+
+
+def test_a_wait_would_be_seen():
+    """The proof can fail: a list, a copy either way and a value that is read are each found, with their place."""
+    x = state(2)
+    with waits() as seen:
+        torch.tensor([1.0, 2.0], device=META)
+        x.copy_(torch.ones(2))
+        torch.ones(2).to(META)
+        with pytest.raises(RuntimeError):
+            float(x.sum())
+        with pytest.raises(NotImplementedError):
+            x.cpu()
+        torch.arange(4, device=META), x.new_full((2,), 3.0), x.double(), 2.0 * x  # none of these waits
+    assert [s.split()[0] for s in seen] == ["tensor", "copy_", "_to_copy", "_local_scalar_dense"]
+    assert all("test_waits.py" in s for s in seen)
