@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.likelihood.dequantization import AUTO
+from scoresde.likelihood.intervals import half_width, satterthwaite
 from scoresde.score_model import DataSpec, ScoreModel
 from sde_lib import SDE, Chain, Knot, NoisePrediction, Prediction, ReverseSDE, ScorePrediction
 from sde_lib._checks import check_positive, check_state
@@ -24,6 +25,9 @@ from solvers import PerSample
 from solvers.noise import Draw, Rng, as_draw
 
 VARIANCES = ("small", "large")
+HEAD = 4
+"""Levels next to the data that are drawn twice where the others are drawn once: their terms fall too steeply to tell
+noise from trend by differences (on DDPM's 1000 levels 31 nats^2 of trend beside a variance of 0.8)."""
 Variance = str | Callable[[Tensor, Knot], Tensor]
 
 
@@ -33,7 +37,9 @@ class Bound:
 
     Attributes:
         nats: the bound, an unbiased estimate of it.
-        standard_error: of `nats`, by the random times and noise.
+        standard_error: of `nats`, by the random times and noise. Multiply by the t-quantile of `dof` degrees of
+            freedom, as `bar` does.
+        dof: degrees of freedom of `standard_error` (Welch and Satterthwaite).
         reconstruction: the decoder's part.
         diffusion: the path's part.
         prior: the prior's part.
@@ -43,11 +49,16 @@ class Bound:
 
     nats: Tensor
     standard_error: Tensor
+    dof: Tensor
     reconstruction: Tensor
     diffusion: Tensor
     prior: Tensor
     nfe: Tensor
     what: str
+
+    def bar(self, confidence: float = 0.95) -> Tensor:
+        """Half width of the confidence interval of `nats`: t-quantile times standard error, (B,)."""
+        return half_width(self.standard_error, self.dof, confidence)
 
 
 def elbo(
@@ -85,8 +96,10 @@ def elbo(
     Args:
         rev: reverse SDE, or of a chain.
         x: data in model units, (B, *D); the middles of the bins, ``data_spec.encode(data)``, for integers.
-        times: network evaluations of the path per sample, even; on a chain at most so many, two in each cell of equal
-            range in lambda, and None, or at least its number of steps, takes every level once.
+        times: network evaluations of the path per sample, even; on a chain at most so many: equally many, at least
+            two, at every level where that is enough, otherwise two in each cell of equal range in lambda. None takes
+            every level of a chain once, the first four twice; the standard error then comes from the differences of
+            neighbours (see `_from_neighbours`), and is too large where they differ by more than their noise.
         draws: noise draws of the decoder, >= 2.
         data_spec: with levels: bound -log P of the integers instead of -log p.
         variance: of the chain's steps: "small", the posterior's own; "large", that of the forward step; or learned, a
@@ -110,8 +123,6 @@ def elbo(
     if not bool(torch.isfinite(x).all()):
         raise ValueError("`x` contains NaN or infinite values.")
     n = rev.law.n - 1 if isinstance(rev.law, Chain) else None
-    if times is not None and n is not None and times >= n:
-        times = None
     if times is None and n is None:
         raise ValueError("`times` = None takes every level of a chain; give a number on an SDE.")
     if times is not None and (not isinstance(times, int) or times < 2 or times % 2):
@@ -207,11 +218,33 @@ def _prior(x: Tensor, knot: Knot, std: float) -> Tensor:
     return 0.5 * ((float(knot.alpha) / std) ** 2 * _sum(x.double().square()) + d * (ratio - 1.0 - math.log(ratio)))
 
 
-def _bound(run: _Run, parts: tuple[Tensor, Tensor, Tensor], variance: Tensor, nfe: int, what: str) -> Bound:
+@dataclass
+class _Variances:
+    """Independent estimates of variances, (k, B), that add up, and the degrees of freedom of each, (k,)."""
+
+    values: Tensor
+    dof: Tensor
+
+    @classmethod
+    def of_means(cls, values: Tensor) -> _Variances:
+        """Of the means of equal draws, (k, n, B)."""
+        k, n = values.shape[:2]
+        return cls(values.var(1) / n, torch.full((k,), n - 1.0, dtype=torch.float64, device=values.device))
+
+    def __add__(self, other: _Variances) -> _Variances:
+        return _Variances(torch.cat([self.values, other.values]), torch.cat([self.dof, other.dof]))
+
+    def sum(self) -> tuple[Tensor, Tensor]:
+        """The variance of the sum, (B,), and its degrees of freedom (`satterthwaite`)."""
+        return self.values.sum(0), satterthwaite(self.values, self.dof[:, None])
+
+
+def _bound(run: _Run, parts: tuple[Tensor, Tensor, Tensor], variances: _Variances, nfe: int, what: str) -> Bound:
     reconstruction, diffusion, prior = (p.cpu() for p in parts)
     total = reconstruction + diffusion + prior
     calls = torch.full(total.shape, nfe * run.rev.nfe_per_call, dtype=torch.int64)
-    return Bound(total, variance.sqrt().cpu(), reconstruction, diffusion, prior, calls, what)
+    variance, dof = variances.sum()
+    return Bound(total, variance.sqrt().cpu(), dof.cpu(), reconstruction, diffusion, prior, calls, what)
 
 
 # --- continuous time -------------------------------------------------------------------------------------------------
@@ -231,16 +264,16 @@ def _of_sde(run: _Run, law: SDE, times: int, draws: int) -> Bound:
         errors[which] = _sum(run.squared_error(prediction, noise)).reshape(-1, b)
     pairs = errors.reshape(-1, 2, b)
     diffusion = width * pairs.mean(1).sum(0)
-    variance = width**2 * (pairs[:, 0] - pairs[:, 1]).square().sum(0) / 4.0
-    reconstruction, spread, calls = _decoder(run, law, first, draws)
+    decoded, calls = _decoder(run, law, first, draws)
     prior = _prior(x, last, law.prior_std)
     of = "-log P of the integers" if run.levels else "-log p"
     what = f"variational bound on {of} in continuous time, from t = {law.t_min:g} to {law.drift_t_max:g}"
-    return _bound(run, (reconstruction, diffusion, prior), variance + spread, times + calls, what)
+    variances = _Variances.of_means(width * pairs) + _Variances.of_means(decoded[None])
+    return _bound(run, (decoded.mean(0), diffusion, prior), variances, times + calls, what)
 
 
-def _decoder(run: _Run, law: SDE, first: Knot, draws: int) -> tuple[Tensor, Tensor, int]:
-    """E[-log p(x | x_0)], its variance and the calls made."""
+def _decoder(run: _Run, law: SDE, first: Knot, draws: int) -> tuple[Tensor, int]:
+    """-log p(x | x_0) at draws of x_0, (draws, B), and the calls made."""
     x, b = run.x, len(run.x)
     std = math.exp(-float(first.half_log_snr))
     values = torch.empty(draws, b, dtype=torch.float64, device=x.device)
@@ -254,8 +287,7 @@ def _decoder(run: _Run, law: SDE, first: Knot, draws: int) -> tuple[Tensor, Tens
         for which, noise, prediction in run.at(places, "decoder"):
             # the prediction's distance from x is std (eps - eps_hat)
             values[which] = (0.5 * _sum(run.squared_error(prediction, noise)) + constant).reshape(-1, b)
-    calls = 0 if run.levels is not None else draws
-    return values.mean(0), values.var(0) / draws, calls
+    return values, 0 if run.levels is not None else draws
 
 
 def _softmax(spec: DataSpec, y: Tensor, x: Tensor, std: float) -> Tensor:
@@ -274,33 +306,60 @@ def _softmax(spec: DataSpec, y: Tensor, x: Tensor, std: float) -> Tensor:
 def _of_chain(run: _Run, chain: Chain, times: int | None, draws: int, variance: Variance) -> Bound:
     x, b = run.x, len(run.x)
     zero = torch.zeros(b, dtype=torch.int64, device=x.device)
-    cells = [[i] for i in range(1, chain.n)] if times is None else _cells(chain, times // 2)
+    m = chain.n - 1
+    twice = m if m <= HEAD + 1 else HEAD  # a single level left over would have no neighbour
+    cells = [[i] for i in range(1, chain.n)]
+    if times is None:
+        counts = [2] * twice + [1] * (m - twice)
+    elif times >= 2 * m:
+        counts = [times // m] * m
+    else:
+        cells = _cells(chain, times // 2)
+        counts = [2] * len(cells)
     steps = []
-    for j in range(len(cells) * (1 if times is None else 2)):
-        cell = cells[j if times is None else j // 2]
-        inside = (run.uniform(j) * len(cell)).long().clamp(max=len(cell) - 1) if len(cell) > 1 else zero
+    for cell in [cell for cell, count in zip(cells, counts, strict=True) for _ in range(count)]:
+        inside = (run.uniform(len(steps)) * len(cell)).long().clamp(max=len(cell) - 1) if len(cell) > 1 else zero
         steps.append(cell[0] + inside)
     kl = torch.empty(len(steps), b, dtype=torch.float64, device=x.device)
     for which, noise, prediction in run.at(steps, "noise"):
         kl[which] = _step_kl(run, chain, prediction, noise, variance).reshape(-1, b)
     if times is None:
-        diffusion = kl.sum(0)
-        # second differences: the noise of a level without the trend between its neighbours
-        spread = (kl[2:] - 2.0 * kl[1:-1] + kl[:-2]).square().sum(0) / 6.0
-        spread = spread * (len(kl) / max(1, len(kl) - 2)) if len(kl) > 2 else torch.full_like(diffusion, math.nan)
+        head, rest = kl[: 2 * twice].reshape(twice, 2, b), kl[2 * twice :]
+        diffusion = head.mean(1).sum(0) + rest.sum(0)
+        variances = _Variances.of_means(head)
+        variances = variances + _from_neighbours(rest) if len(rest) else variances
     else:
-        pairs = kl.reshape(-1, 2, b)
         sizes = torch.tensor([float(len(cell)) for cell in cells], dtype=kl.dtype, device=kl.device)[:, None]
-        diffusion = (sizes * pairs.mean(1)).sum(0)
-        spread = (sizes * (pairs[:, 0] - pairs[:, 1])).square().sum(0) / 4.0
+        equal = sizes[:, None] * kl.reshape(len(cells), -1, b)
+        diffusion, variances = equal.mean(1).sum(0), _Variances.of_means(equal)
     decoded = torch.empty(draws, b, dtype=torch.float64, device=x.device)
     for which, noise, prediction in run.at([zero] * draws, "decoder"):
         decoded[which] = -_sum(_decoded(run, chain, prediction, noise, variance)).reshape(-1, b)
     prior = _prior(x, chain.levels[-1], chain.prior_std)
     of = "-log P of the integers" if run.levels else "-log p"
     what = f"variational bound on {of} of a chain of {chain.n} steps"
-    spread = spread + decoded.var(0) / draws
-    return _bound(run, (decoded.mean(0), diffusion, prior), spread, len(steps) + draws, what)
+    variances = variances + _Variances.of_means(decoded[None])
+    return _bound(run, (decoded.mean(0), diffusion, prior), variances, len(steps) + draws, what)
+
+
+def _from_neighbours(kl: Tensor) -> _Variances:
+    r"""Variances of the sum over levels from one draw of each, (m, B).
+
+    Four neighbours at a time: :math:`(k_1 - k_2 - k_3 + k_4)^2` has no part of a trend that is linear over them, and
+    its expectation is :math:`v_1 + v_2 + v_3 + v_4` otherwise, so every level's variance counts once, those of the ends
+    too. (Squared second differences, :math:`(k_1 - 2 k_2 + k_3)^2 / 6`, count the first and last level a sixth.) Up to
+    three that are left over at the noisy end give their sample variance. What a trend leaves adds to it.
+    """
+    m = len(kl)
+    values, dof = [], []
+    sizes = [4] * (m // 4) + [m % 4] * (m % 4 > 0)
+    if m % 4 == 1 and m > 1:
+        sizes[-2:] = [2, 3]
+    for part in kl.split(sizes):
+        four = len(part) == 4
+        values.append((part[0] - part[1] - part[2] + part[3]).square() if four else len(part) * part.var(0))
+        dof.append(1.0 if four else len(part) - 1.0)
+    return _Variances(torch.stack(values), torch.tensor(dof, dtype=kl.dtype, device=kl.device))
 
 
 def _cells(chain: Chain, count: int) -> list[list[int]]:
