@@ -2,62 +2,56 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sde_lib import DataPrediction, Knot, Prediction, ReverseSDE
+from sde_lib import DataPrediction, Knot, Prediction, ReverseSDE, Wrapper
 from solvers import Draw
 from solvers.solver import Project
-
-
-class Wrapper(ReverseSDE):
-    """Base: a reverse SDE around another one. A subclass gives `__call__` and `around`."""
-
-    def __init__(self, inner: ReverseSDE) -> None:
-        super().__init__(inner.law, inner.network, inner.parameterization, inner.condition)
-        self.inner = inner
-        self.nfe_per_call = inner.nfe_per_call
-
-    def around(self, inner: ReverseSDE) -> Wrapper:
-        """The same wrapper around another reverse SDE."""
-        raise NotImplementedError
-
-    def given(self, **condition: Any) -> ReverseSDE:
-        return self.around(self.inner.given(**condition))
-
-    def select(self, rows: Tensor) -> ReverseSDE:
-        return self.around(self.inner.select(rows))
 
 
 class ClassifierFreeGuidance(Wrapper):
     r"""Guidance without a classifier: :math:`F = F_\varnothing + w (F_c - F_\varnothing)`.
 
     Every parameterization is affine in the score at fixed x, so mixing raw outputs mixes scores. w = 1 is the
-    conditional model, w = 0 the unconditional one. Costs two network evaluations per call.
+    conditional model, w = 0 the unconditional one. Costs two network evaluations per call, which budgets (``nfe=``)
+    count. The result is the score of no density unless w is 0 or 1.
 
     Source: Ho & Salimans 2022, arXiv:2207.12598, eq. 6 (their guidance weight is w - 1).
 
     Args:
         inner: a conditional reverse SDE.
-        scale: w.
-        null: conditions of the unconditional model; ``{"class_label": None}`` by default.
+        scale: w, a finite number.
+        null: conditions of the unconditional model; None for every condition that `inner` has when called, by default.
+
+    Raises:
+        ValueError: for a scale that is not finite; when called without any condition to leave out.
     """
 
-    def __init__(self, inner: ReverseSDE, scale: float, null: dict[str, Any] | None = None) -> None:
+    describes = "guided"
+
+    def __init__(self, inner: ReverseSDE, scale: float, null: Mapping[str, Any] | None = None) -> None:
         super().__init__(inner)
         self.scale = float(scale)
-        self.null = {"class_label": None} if null is None else null
+        if not math.isfinite(self.scale):
+            raise ValueError(f"The guidance `scale` must be a finite number, got {scale!r}.")
+        self.null = None if null is None else dict(null)
         self.nfe_per_call = 2 * inner.nfe_per_call
 
     def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:
+        null = dict.fromkeys(self.condition) if self.null is None else self.null
+        if not null:
+            raise ValueError(
+                "Guidance needs a condition to leave out, and this model was given none: pass condition={…}, e.g. "
+                '{"class_label": labels}.'
+            )
         conditional = self.inner(x, t)
-        free = self.inner.given(**self.null)(x, conditional.knot)
+        free = self.inner.given(**null)(x, conditional.knot)
         return conditional.replace(torch.lerp(free.raw, conditional.raw, self.scale))
-
-    def around(self, inner: ReverseSDE) -> Wrapper:
-        return ClassifierFreeGuidance(inner, self.scale, self.null)
 
 
 class ClipData(Wrapper):
@@ -78,9 +72,6 @@ class ClipData(Wrapper):
     def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:
         prediction = self.inner(x, t)
         return prediction.replace(prediction.data.clamp(self.low, self.high), DataPrediction())
-
-    def around(self, inner: ReverseSDE) -> Wrapper:
-        return ClipData(inner, self.low, self.high)
 
 
 def inpaint(known: Tensor, mask: Tensor) -> Project:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from scoresde.losses import chain_loss, continuous_loss
-from sde_lib import PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Prediction, ReverseSDE, build, lookup
+from sde_lib import NOISE_LEVELS, PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Prediction, ReverseSDE, build, lookup
 from sde_lib import _math as m
 from sde_lib._math import Real
+
+if TYPE_CHECKING:
+    from solvers import Solver
 
 
 @dataclass(frozen=True)
@@ -88,30 +91,8 @@ class DataSpec:
         return z if self.levels is None else z.floor().clamp(0, self.levels - 1).long()
 
 
-def _index(knot: Knot, n: int) -> Any:
-    """Level of a chain; on an SDE the same at t = (i + 1) / n."""
-    return knot.label if isinstance(knot.law, Chain) else n * knot.t - 1.0
-
-
-def _index_down(knot: Knot, n: int) -> Any:
-    """Levels counted from the noisiest; on an SDE the same at t = i / (n - 1)."""
-    return n - 1 - knot.label if isinstance(knot.law, Chain) else (n - 1) * (1.0 - knot.t)
-
-
-LABELS: Mapping[str, Callable[[Knot, int], Any]] = {
-    "time": lambda knot, n: knot.t,
-    "t999": lambda knot, n: 999.0 * knot.t,
-    "index": _index,
-    "index_down": _index_down,
-    "half_log_snr": lambda knot, n: knot.half_log_snr,
-    "log_sigma": lambda knot, n: -knot.half_log_snr,
-    "log_half_sigma": lambda knot, n: -knot.half_log_snr - math.log(2.0),
-    "quarter_log_sigma": lambda knot, n: -0.25 * knot.half_log_snr,
-}
-"""Name -> what the network is told about the noise level, of the knot and the number of levels: the time; 999 t
-(score_sde's VP networks); a chain's index, from the cleanest or from the noisiest level (NCSN); lambda;
-log(sigma / alpha); that of half the ratio (score_sde's VE networks, whose sigma was for data in [0, 1]); a quarter of
-it (EDM)."""
+LABELS = NOISE_LEVELS
+"""Name -> what the network is told about the noise level: see `sde_lib.NOISE_LEVELS`."""
 
 
 class ScoreModel(nn.Module):
@@ -153,7 +134,7 @@ class ScoreModel(nn.Module):
         self._label = lookup(LABELS, label, "label")
         if input_scaling not in ("unit", "none"):
             raise ValueError(f'`input_scaling` must be "unit" or "none", got {input_scaling!r}.')
-        self.label_levels = law.n if isinstance(law, Chain) else label_levels
+        self.label_levels = law.index_levels or label_levels
         if label.startswith("index") and self.label_levels < 2:
             raise ValueError(f'The label "{label}" needs a chain, law=sde.discretize(n), or `label_levels`.')
         self.network, self.law, self.data_spec = network, law, data_spec
@@ -229,11 +210,12 @@ class ScoreModel(nn.Module):
         Raises:
             ValueError: for a network without a learned variance, or off a chain.
         """
-        if not self.learned_variance or not isinstance(self.law, Chain):
+        law = self.law
+        if not self.learned_variance or not isinstance(law, Chain):
             raise ValueError("`log_variance` needs a network with a learned variance on a chain.")
         out = self._network(x, knot, condition)[:, x.shape[1] :]
         at = torch.as_tensor(knot.label, device=out.device)
-        betas, std = self.law.betas.to(out.device), self.law.posterior_std.to(out.device)
+        betas, std = law.betas.to(out.device), law.posterior_std.to(out.device)
         large, small = betas[at].log(), 2.0 * std[at.clamp(min=1)].log()
         return torch.lerp(small.to(out), large.to(out), 0.5 * (out + 1.0))
 
@@ -257,13 +239,20 @@ class ScoreModel(nn.Module):
         """The prediction at state x, (B, *D) in model units, and time t, () or (B,) (an index on a chain).
 
         Raises:
-            ValueError: if t is a number outside [t_min, t_max], or its shape does not match the batch.
+            ValueError: if t is not finite or leaves [t_min, t_max], or its shape does not match the batch.
+            TypeError: if x is not floating point.
         """
         law = self.law
+        law.check_state(x, "x")
         if isinstance(t, Tensor) and t.ndim and t.shape != x.shape[:1]:
             raise ValueError(f"`t` must have shape () or (B,) with B = {x.shape[0]}, got {tuple(t.shape)}.")
-        if isinstance(t, int | float) and not isinstance(law, Chain) and not law.t_min <= t <= law.t_max:
-            raise ValueError(f"t = {t} lies outside [{law.t_min}, {law.t_max}], where this model is defined.")
+        if law.has_time and not _traced(t):
+            times = torch.as_tensor(t, dtype=torch.float64)
+            # a float32 end is taken for the law's own
+            inside = (times >= law.t_min * (1 - 1e-6)) & (times <= law.t_max * (1 + 1e-6))
+            if not bool(inside.all()):
+                wrong = times.reshape(-1)[~inside.reshape(-1)][0].item()
+                raise ValueError(f"t = {wrong} lies outside [{law.t_min}, {law.t_max}], where this model is defined.")
         if isinstance(t, float) and torch.compiler.is_compiling():
             # as a number every time would be a graph of its own, or a failed guard: `math` knows no symbols
             t = x.new_full(x.shape[:1], t, dtype=torch.float64)
@@ -303,8 +292,10 @@ class ScoreModel(nn.Module):
         self.eval()
         return ReverseSDE(self.law, self.raw, self.parameterization, condition)
 
-    def sample(self, n: int, solver: Any, **options: Any) -> Tensor:
+    def sample(self, n: int, solver: Solver | str, **options: Any) -> Tensor:
         """n samples in data units; `options` go to `solvers.sample` (steps, nfe, grid, end, rng, condition, …).
+
+        `solver` is a `Solver` or a name in `SOLVERS`; the grid is `Blended` by default, the chain's levels on a chain.
 
         Raises:
             ValueError: if the model has no data specification.
@@ -316,3 +307,10 @@ class ScoreModel(nn.Module):
         shape = (n, *self.data_spec.shape)
         solution = sample(self.reverse(), shape, solver, device=self.device, **options)
         return self.data_spec.decode(solution.x)
+
+
+def _traced(t: Any) -> bool:
+    """Whether a look at the numbers in t would end a compilation, an export or the capture of a CUDA graph."""
+    if torch.compiler.is_compiling():
+        return True
+    return isinstance(t, Tensor) and t.is_cuda and torch.cuda.is_current_stream_capturing()

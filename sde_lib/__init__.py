@@ -9,6 +9,7 @@ from sde_lib.edm import EDMSDE
 from sde_lib.flow import FlowSDE
 from sde_lib.gaussian_mixture import GaussianMixture
 from sde_lib.knot import DATA, Kernel, Knot, Law, Posterior, noise_fraction, posterior, transition
+from sde_lib.noise_levels import NOISE_LEVELS
 from sde_lib.prediction import (
     PARAMETERIZATIONS,
     DataPrediction,
@@ -20,7 +21,7 @@ from sde_lib.prediction import (
     ScorePrediction,
     VPrediction,
 )
-from sde_lib.reverse import ReverseSDE
+from sde_lib.reverse import DESCRIBES, Reverse, ReverseSDE, Wrapper
 from sde_lib.sde import SDE
 from sde_lib.sub_vp import SubVPSDE
 from sde_lib.tabulated import TabulatedSDE
@@ -40,7 +41,9 @@ SDES: Mapping[str, type[SDE]] = {
 
 __all__ = [
     "DATA",
+    "DESCRIBES",
     "EDMSDE",
+    "NOISE_LEVELS",
     "PARAMETERIZATIONS",
     "SDE",
     "SDES",
@@ -60,11 +63,13 @@ __all__ = [
     "Parameterization",
     "Posterior",
     "Prediction",
+    "Reverse",
     "ReverseSDE",
     "ScorePrediction",
     "SubVPSDE",
     "TabulatedSDE",
     "VPrediction",
+    "Wrapper",
     "build",
     "lookup",
     "noise_fraction",

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sde_lib import _math as m
 from sde_lib._constants import Constants
-from sde_lib.knot import DATA, Knot, posterior, transition
+from sde_lib.knot import DATA, Knot, Law, posterior, transition
 from sde_lib.reverse import ReverseSDE, reverse_from_function
+
+if TYPE_CHECKING:
+    from sde_lib.sde import SDE
 
 SPACINGS = ("trailing", "leading", "linspace")
 
 
-class Chain:
+class Chain(Law):
     r"""A discrete forward process x_0 -> x_1 -> … of n noise levels, index 0 the cleanest.
 
     ``VPSDE().discretize(1000)`` is DDPM (Ho et al. 2020), ``VESDE().discretize(n)`` is SMLD/NCSN (Song & Ermon
@@ -36,7 +40,10 @@ class Chain:
         alpha: signal scales.
         sigma: noise scales.
         prior_std: standard deviation of the prior at the last level.
+        sde: the SDE whose exact marginals the levels are, if any.
     """
+
+    has_time: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -45,17 +52,18 @@ class Chain:
         alpha: Sequence[Any],
         sigma: Sequence[Any],
         prior_std: float,
+        sde: SDE | None = None,
     ) -> None:
         if len(times) < 1 or any(not b < a for a, b in itertools.pairwise(half_log_snr)):
             raise ValueError("A chain needs at least one level and a strictly descending half_log_snr.")
-        self.prior_std = prior_std
+        self._prior_std, self._sde = prior_std, sde
         self.levels = tuple(
             Knot(float(t), float(a), float(s), float(lam), i, self)
             for i, (t, a, s, lam) in enumerate(zip(times, alpha, sigma, half_log_snr, strict=True))
         )
         self.t_min, self.t_max = float(times[0]), float(times[-1])
-        self.drift_t_max = self.t_max
-        self.times = _table(k.t for k in self.levels)
+        self._times = [k.t for k in self.levels]
+        self.times = _table(self._times)
         self.alpha = _table(k.alpha for k in self.levels)
         self.sigma = _table(k.sigma for k in self.levels)
         self.half_log_snr = _table(k.half_log_snr for k in self.levels)
@@ -73,6 +81,14 @@ class Chain:
     def n(self) -> int:
         """Number of levels, and of steps from the last one to the data."""
         return len(self.levels)
+
+    @property
+    def prior_std(self) -> float:
+        return self._prior_std
+
+    @property
+    def index_levels(self) -> int:
+        return self.n
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -156,12 +172,41 @@ class Chain:
         return k.alpha * x_0 + k.sigma * noise
 
     def reverse(self, **prediction: Any) -> ReverseSDE:
-        """The reverse of the chain under a score model: as `SDE.reverse`, the function gets (x, index)."""
+        """The reverse of the chain under a score model: as `SDE.reverse`, but the function gets (x, index), int64."""
+        return reverse_from_function(self, prediction)
 
-        def call(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            return lambda x, knot, **condition: fn(x, knot.spread(knot.label, x, torch.int64), **condition)
+    def continuous(self) -> SDE:
+        """The SDE that passes through the levels, for likelihoods and adaptive solvers.
 
-        return reverse_from_function(self, call, prediction)
+        The SDE itself where the levels are exact marginals of one (``sde.discretize(n)``; VE's always are), else the VP
+        SDE through `alphas_cumprod` (`TabulatedSDE`; DDPM's chain, whose betas are no marginals of the linear
+        schedule). A network of indices is called with `index_at` there:
+
+            chain.continuous().reverse(noise=network, noise_level=chain.index_at)
+
+        Raises:
+            ValueError: for a chain that is neither.
+        """
+        from sde_lib.tabulated import TabulatedSDE  # an SDE, which knows of chains
+
+        if self._sde is not None:
+            return self._sde
+        if float((self.alpha.square() + self.sigma.square() - 1.0).abs().max()) > 1e-9:
+            raise ValueError(
+                "Only a variance-preserving chain (alpha^2 + sigma^2 = 1), or one made by sde.discretize(n), is "
+                "continued between its levels."
+            )
+        return TabulatedSDE(self.alphas_cumprod)
+
+    def index_at(self, knot: Knot) -> Any:
+        """The index of a knot of the `continuous` law, a real number: linear in time between the levels."""
+        t = knot.t
+        if not isinstance(t, Tensor):
+            i = min(max(bisect.bisect_right(self._times, t) - 1, 0), self.n - 2)
+            return i + (t - self._times[i]) / (self._times[i + 1] - self._times[i])
+        times = self.times.to(t.device)
+        at = (torch.searchsorted(times, t.contiguous(), right=True) - 1).clamp(0, self.n - 2)
+        return at + (t - times[at]) / (times[at + 1] - times[at])
 
     def __repr__(self) -> str:
         return f"Chain(n={self.n}, half_log_snr={self.levels[0].half_log_snr:.3g}…{self.levels[-1].half_log_snr:.3g})"

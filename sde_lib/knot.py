@@ -11,32 +11,73 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sde_lib import _math as m
+from sde_lib._checks import check_state
 from sde_lib._math import Real
 
 if TYPE_CHECKING:
     from sde_lib.reverse import ReverseSDE
 
 
-class Law(Protocol):
+class NormalDraw(Protocol):
+    """The part of a run's noise that a law draws its prior from: `solvers.Draw` is one."""
+
+    def normal(self, *key: Any) -> Tensor: ...
+
+
+class Law:
     """What knots come from: a continuous `SDE`, or a `Chain` that discretizes one."""
 
     t_min: float
     t_max: float
+    has_time: ClassVar[bool] = True
+    """Whether there is anything between its levels: drift, velocity, times. A chain has levels only."""
 
     @property
-    def prior_std(self) -> float: ...
-    def f(self, t: Any) -> Any: ...
-    def g2(self, t: Any) -> Any: ...
-    def rates(self, t: Any) -> tuple[Any, Any]: ...
-    def knot(self, t: Any, ndim: int = 1) -> Knot: ...
-    def knot_at(self, half_log_snr: Any) -> Knot: ...
-    def reverse(self, **prediction: Any) -> ReverseSDE: ...
+    def prior_std(self) -> float:
+        """Standard deviation of the prior that stands for the law at its noisy end."""
+        raise NotImplementedError
+
+    @property
+    def drift_t_max(self) -> float:
+        """Largest time at which f, g and lambda are finite: where solvers that use them start. t_max for most laws."""
+        return self.t_max
+
+    @property
+    def index_levels(self) -> int:
+        """Number of levels that an index counts; 0 on a continuous law."""
+        return 0
+
+    def prior(self, draw: NormalDraw, like: Tensor) -> Tensor:
+        """A state (B, *D) like `like`, drawn from the prior N(0, prior_std^2 I)."""
+        return self.prior_std * draw.normal("prior").to(like)
+
+    def check_state(self, x: Any, name: str = "x_T") -> None:
+        """Raise TypeError or ValueError unless x is a state of this law: floating point, (B, *D)."""
+        check_state(name, x)
+
+    def f(self, t: Any) -> Any:
+        raise NotImplementedError
+
+    def g2(self, t: Any) -> Any:
+        raise NotImplementedError
+
+    def rates(self, t: Any) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    def knot(self, t: Any, ndim: int = 1) -> Knot:
+        raise NotImplementedError
+
+    def knot_at(self, half_log_snr: Any) -> Knot:
+        raise NotImplementedError
+
+    def reverse(self, **prediction: Any) -> ReverseSDE:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +113,11 @@ class Knot:
     def is_data(self) -> bool:
         """Whether this is the noise-free end (alpha = 1, sigma = 0), where no network is ever evaluated."""
         return not isinstance(self.sigma, Tensor) and self.sigma == 0.0
+
+    @property
+    def has_time(self) -> bool:
+        """Whether this is a time of a continuous law, not a level of a chain."""
+        return self.law is not None and self.law.has_time
 
     @property
     def f(self) -> Real:

@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
+from sde_lib._checks import lookup
 from sde_lib.knot import Knot, Law
+from sde_lib.noise_levels import NOISE_LEVELS
 from sde_lib.prediction import PARAMETERIZATIONS, Parameterization, Prediction
 
+DESCRIBES = ("density", "guided", "map")
+"""What a reverse is a model of: "density", the score of a law p_t, which has a likelihood; "guided", a field that pulls
+samples somewhere, and is the score of no law; "map", a map from noise to data."""
 
-class ReverseSDE:
+
+class Reverse:
+    """Base: a law, to be run backwards under conditions. What `solve` carries a state along.
+
+    Args:
+        law: the forward law.
+        condition: keyword arguments of every network call. A tensor with dimensions has the batch first, at every depth
+            of nested mappings, and is sliced along with it; tensors without dimensions and everything else are shared.
+    """
+
+    nfe_per_call: int = 1
+    """Network evaluations per sample that one call costs (guidance costs two)."""
+    describes: str = "density"
+    """One of `DESCRIBES`: likelihoods and bounds are defined for a density only."""
+    per_row: ClassVar[tuple[str, ...]] = ()
+    """Names of a subclass's attributes that hold one entry per sample, as conditions do: `select` slices them."""
+
+    def __init__(self, law: Law, condition: Mapping[str, Any] | None = None) -> None:
+        self.law = law
+        self.condition = dict(condition or {})
+
+    def given(self, **condition: Any) -> Self:
+        """The same reverse under (additional) conditions."""
+        return self._changed(condition={**self.condition, **condition})
+
+    def select(self, rows: Tensor) -> Self:
+        """The reverse of some rows of the batch: slices conditions and the attributes named in `per_row`."""
+        own = {name: select_rows(getattr(self, name), rows) for name in self.per_row}
+        if not self.condition and not own:
+            return self
+        return self._changed(condition=select_rows(self.condition, rows), **own)
+
+    def _changed(self, **attributes: Any) -> Self:
+        """A shallow copy with other attributes: a subclass stays what it is."""
+        changed = copy.copy(self)
+        for name, value in attributes.items():
+            setattr(changed, name, value)
+        return changed
+
+
+class ReverseSDE(Reverse):
     """A law together with a score model. Calling it is the only way a network is evaluated.
 
-    Made by ``sde.reverse(score=fn)``, ``chain.reverse(noise=fn)`` or ``model.reverse()``; wrappers (guidance,
-    clipping) are subclasses that return a changed `Prediction`.
+    Made by ``sde.reverse(score=fn)``, ``chain.reverse(noise=fn)`` or ``model.reverse()``. What changes its predictions
+    (guidance, clipping) or watches them is a `Wrapper`.
 
     Args:
         law: SDE or chain.
         network: ``network(x, knot, **condition) -> Tensor`` of the shape of x.
         parameterization: what the network's output stands for.
-        condition: keyword arguments of every network call. A tensor with dimensions has the batch first and is
-            sliced along with it; scalars are shared.
+        condition: see `Reverse`.
     """
-
-    nfe_per_call = 1
-    """Network evaluations per sample that one call costs (guidance costs two)."""
 
     def __init__(
         self,
@@ -35,52 +78,163 @@ class ReverseSDE:
         parameterization: Parameterization,
         condition: Mapping[str, Any] | None = None,
     ) -> None:
-        self.law = law
+        super().__init__(law, condition)
         self.network = network
         self.parameterization = parameterization
-        self.condition = dict(condition or {})
 
     def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:
         """Evaluate the network at state x, shape (B, *D), and a knot (or a time, () or (B,))."""
         knot = t if isinstance(t, Knot) else self.law.knot(t, ndim=x.ndim)
-        return Prediction(x, knot, self.network(x, knot, **self.condition), self.parameterization)
+        if torch.compiler.is_compiling() or x.is_inference():  # neither counts changes
+            return Prediction(x, knot, self.network(x, knot, **self.condition), self.parameterization)
+        before = x._version
+        raw = self.network(x, knot, **self.condition)
+        if x._version != before:
+            raise ValueError(
+                "The network changed its input in place, so the state it was asked about is lost: let it work on a "
+                "copy (x = x.clone()), or use operations without a trailing underscore."
+            )
+        return Prediction(x, knot, raw, self.parameterization)
 
-    def given(self, **condition: Any) -> ReverseSDE:
-        """The same reverse SDE under (additional) conditions."""
-        return ReverseSDE(self.law, self.network, self.parameterization, {**self.condition, **condition})
 
-    def select(self, rows: Tensor) -> ReverseSDE:
-        """The reverse SDE of some rows of the batch: slices every condition that is a tensor with dimensions."""
-        if not self.condition:
+class Wrapper(ReverseSDE):
+    """A reverse SDE around another one: base of guidance, clipping, counters, timers.
+
+    A subclass gives ``__call__(x, t)`` and asks ``self.inner(x, t)`` there; `given` and `select` return the same
+    wrapper around the changed inner one. Attributes with one entry per sample are named in `per_row`. Copies are
+    shallow: what they are to share, such as a count, is a mutable object. A guidance sets ``describes = "guided"``.
+
+    Args:
+        inner: what is wrapped.
+    """
+
+    def __init__(self, inner: ReverseSDE) -> None:
+        super().__init__(inner.law, inner.network, inner.parameterization, inner.condition)
+        self.inner = inner
+        self.nfe_per_call = inner.nfe_per_call
+        if "describes" not in type(self).__dict__:
+            self.describes = inner.describes
+
+    def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:
+        return self.inner(x, t)
+
+    def given(self, **condition: Any) -> Self:
+        return self._around(self.inner.given(**condition))
+
+    def select(self, rows: Tensor) -> Self:
+        own = {name: select_rows(getattr(self, name), rows) for name in self.per_row}
+        return self._around(self.inner.select(rows), **own)
+
+    def _around(self, inner: ReverseSDE, **own: Any) -> Self:
+        """The same wrapper around another reverse SDE."""
+        if inner is self.inner and not own:
             return self
-        return self.given(
-            **{k: v[rows] if isinstance(v, Tensor) and v.ndim else v for k, v in self.condition.items()}
-        )
+        return self._changed(inner=inner, condition=inner.condition, **own)
 
 
-def reverse_from_function(
-    law: Law, call: Callable[..., Callable[..., Tensor]], options: Mapping[str, Any]
-) -> ReverseSDE:
+def select_rows(value: Any, rows: Tensor) -> Any:
+    """Some rows of a condition: tensors with dimensions are indexed, mappings and sequences entered, the rest kept."""
+    if isinstance(value, Tensor):
+        return value[rows.to(value.device)] if value.ndim else value
+    if isinstance(value, Mapping):
+        return {name: select_rows(v, rows) for name, v in value.items()}
+    if isinstance(value, list | tuple) and any(isinstance(v, Tensor | Mapping | list | tuple) for v in value):
+        return [select_rows(v, rows) for v in value]
+    return value
+
+
+class FunctionOfLevel:
+    """A user's ``fn(x, level, **condition)`` as a network of knots. A class, not a closure, so that it pickles.
+
+    Args:
+        fn: the function.
+        level: the noise level it is called with, of the knot; if None the index for an int64 `dtype`, else the time (a
+            continuous model walks a chain's knots by their times).
+        dtype: of the level; the state's if None.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Tensor],
+        level: Callable[[Knot], Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.fn, self.level, self.dtype = fn, level, dtype
+
+    def __call__(self, x: Tensor, knot: Knot, **condition: Any) -> Tensor:
+        if self.level is not None:
+            value = self.level(knot)
+        else:
+            value = knot.label if self.dtype == torch.int64 else knot.t
+        level = knot.spread(value, x, self.dtype)
+        if torch.compiler.is_compiling():
+            return self.fn(x, level, **condition)
+        try:
+            return self.fn(x, level, **condition)
+        except (RuntimeError, IndexError) as error:  # torch's own words for a time that indexes a table
+            text = str(error)
+            if level.is_floating_point() and ("'indices'" in text or "used as indices" in text):
+                raise TypeError(
+                    "This network looks its noise level up in a table, so it takes the integer levels of a chain, not "
+                    "continuous times: use sde.discretize(1000).reverse(…) with the number of levels it was trained "
+                    f"on. ({text.splitlines()[0]})"
+                ) from error
+            raise
+
+
+class LevelNamed:
+    """A noise level by its name in `NOISE_LEVELS`, with the number of levels that index maps count."""
+
+    def __init__(self, name: str, levels: int) -> None:
+        self.name, self.levels = name, levels
+
+    def __call__(self, knot: Knot) -> Any:
+        return NOISE_LEVELS[self.name](knot, self.levels)
+
+
+def reverse_from_function(law: Law, options: Mapping[str, Any]) -> ReverseSDE:
     """Body of `SDE.reverse` and `Chain.reverse`: exactly one of the parameterizations names the function.
 
     Args:
         law: SDE or chain.
-        call: turns the user's function into one of (x, knot, **condition).
-        options: e.g. ``{"score": fn}`` or ``{"edm": fn, "sigma_data": 0.5}``.
+        options: e.g. ``{"score": fn}`` or ``{"edm": fn, "sigma_data": 0.5}``; `condition` and `noise_level` too.
     """
-    named = [k for k in options if k in PARAMETERIZATIONS]
+    rest = dict(options)
+    condition, noise_level = rest.pop("condition", None), rest.pop("noise_level", None)
+    named = [k for k in rest if k in PARAMETERIZATIONS]
     if len(named) != 1:
         raise ValueError(
             f"reverse() takes exactly one of {', '.join(PARAMETERIZATIONS)} as a function of (x, t), "
-            f"e.g. sde.reverse(score=fn); got {', '.join(options) or 'nothing'}."
+            f"e.g. sde.reverse(score=fn); got {', '.join(rest) or 'nothing'}."
         )
     name = named[0]
-    fn = options[name]
+    fn = rest.pop(name)
     if not callable(fn):
         raise TypeError(f"`{name}` must be a function of (x, t) that returns a tensor like x, got {type(fn).__name__}.")
-    rest = {k: v for k, v in options.items() if k != name}
     try:
         parameterization = PARAMETERIZATIONS[name](**rest)
     except TypeError as error:
-        raise TypeError(f"reverse({name}=…) got unknown option(s) {', '.join(rest)}.") from error
-    return ReverseSDE(law, call(fn), parameterization)
+        unknown = ", ".join(rest)
+        raise TypeError(
+            f"reverse({name}=…) got unknown option(s) {unknown}. Arguments of the network are conditions: "
+            f"reverse({name}=…, condition={{…}}), or .given({next(iter(rest))}=…) on the result."
+        ) from error
+    if condition is not None and not isinstance(condition, Mapping):
+        raise TypeError(f"`condition` must be a mapping of the network's arguments, got {type(condition).__name__}.")
+    # a chain's own level is an index; every other level is a real number
+    dtype = None if noise_level is not None or law.has_time else torch.int64
+    return ReverseSDE(law, FunctionOfLevel(fn, _level(law, noise_level), dtype), parameterization, condition)
+
+
+def _level(law: Law, noise_level: str | Callable[[Knot], Any] | None) -> Callable[[Knot], Any] | None:
+    """The map from knots to noise levels that a user names."""
+    if noise_level is None or (callable(noise_level) and not isinstance(noise_level, str)):
+        return noise_level
+    lookup(NOISE_LEVELS, noise_level, "noise_level")
+    levels = law.index_levels
+    if noise_level.startswith("index") and not levels:
+        raise ValueError(
+            f'noise_level="{noise_level}" counts levels, and {law!r} has none: use sde.discretize(n), '
+            "sde.discretize(n).continuous(), or a function of the knot."
+        )
+    return LevelNamed(noise_level, levels)

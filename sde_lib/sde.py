@@ -21,11 +21,11 @@ from sde_lib import _math as m
 from sde_lib import knot as knots
 from sde_lib._math import Real
 from sde_lib.chain import Chain
-from sde_lib.knot import Kernel, Knot, Posterior
+from sde_lib.knot import Kernel, Knot, Law, Posterior
 from sde_lib.reverse import ReverseSDE, reverse_from_function
 
 
-class SDE(ABC):
+class SDE(Law, ABC):
     """A forward SDE with a Gaussian kernel, defined on [t_min, t_max]. It is the continuous law only: no step count.
 
     Methods take a time as a Python float or as a tensor of any shape. They compute in float64 and return floats for
@@ -64,11 +64,6 @@ class SDE(ABC):
     def prior_std(self) -> float:
         """Standard deviation of the prior N(0, prior_std^2 I) that stands for p at t_max."""
         return 1.0
-
-    @property
-    def drift_t_max(self) -> float:
-        """Largest time at which f and g are finite: where solvers that use them start. t_max for most laws."""
-        return self.t_max
 
     # --- the law ------------------------------------------------------------------------------------------------
     def log_alpha(self, t: Any) -> Any:
@@ -180,7 +175,8 @@ class SDE(ABC):
         """The exact marginals at t_i = t_min + (t_max - t_min) i / (n - 1), as a chain of n steps."""
         times = _linspace(self.t_min, self.t_max, n)
         at = [self.knot(t) for t in times]
-        return Chain(times, [k.half_log_snr for k in at], [k.alpha for k in at], [k.sigma for k in at], self.prior_std)
+        lams, alphas, sigmas = zip(*((k.half_log_snr, k.alpha, k.sigma) for k in at), strict=True)
+        return Chain(times, lams, alphas, sigmas, self.prior_std, self)
 
     def reverse(self, **prediction: Any) -> ReverseSDE:
         """The reverse of this SDE under a score model given as a function.
@@ -188,13 +184,14 @@ class SDE(ABC):
         Args:
             **prediction: exactly one of ``score=``, ``noise=``, ``data=``, ``v=``, ``flow=``, ``edm=`` (with
                 ``sigma_data=``): a function of (x, t, **condition), x of shape (B, *D), t of shape (B,), that
-                returns a tensor like x.
+                returns a tensor like x. Two more options: ``condition={…}``, arguments of every call, batch first
+                (more of them later by ``.given(…)``); ``noise_level=``, what the function gets in the place of t: a
+                name in `NOISE_LEVELS` or a function of the knot, such as ``lambda knot: -knot.half_log_snr``.
+
+        Raises:
+            TypeError, ValueError: for no or several functions, unknown options, an index level (an SDE has no indices).
         """
-
-        def call(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            return lambda x, knot, **condition: fn(x, knot.spread(knot.t, x), **condition)
-
-        return reverse_from_function(self, call, prediction)
+        return reverse_from_function(self, prediction)
 
 
 def _evaluate(fn: Callable[[Any], Any], t: Any) -> Any:

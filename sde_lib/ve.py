@@ -75,4 +75,5 @@ class VESDE(SDE):
             [1.0] * n,
             [math.exp(v) for v in log_sigma],
             self.sigma_max,
+            self if self.t_max == 1.0 else None,
         )

@@ -408,6 +408,7 @@ class Adaptive(Solver):
     """
 
     adaptive: ClassVar[bool] = True
+    needs_time: ClassVar[bool] = True
     enters: ClassVar[bool] = False
     """Whether alpha = 0, where lambda, f and g are infinite, takes a step of its own to where they are not."""
 
@@ -435,7 +436,7 @@ class Adaptive(Solver):
 
     def _entry(self, law: Law) -> Knot:
         """Where to go from alpha = 0: `drift_t_max`, or nearer so that alpha^2 stays below a tenth of `atol`."""
-        first = law.knot(float(getattr(law, "drift_t_max", law.t_max)))
+        first = law.knot(law.drift_t_max)
         lam = 0.5 * math.log(0.1 * self._absolute())
         return first if first.half_log_snr < lam else law.knot_at(lam)
 

@@ -22,6 +22,9 @@ class Coordinate:
     """Base of the coordinates."""
 
     needs_drift = False
+    """Whether u is finite only where f and g are."""
+    needs_time = False
+    """Whether the slope needs a law with continuous time."""
 
     def of(self, knot: Knot) -> Real:
         """u at a knot."""
@@ -43,6 +46,8 @@ class Coordinate:
 @dataclass(frozen=True)
 class Time(Coordinate):
     """y = x along t: dy/dt = alpha' x_0 + sigma' eps (Song et al. 2021, eq. 13)."""
+
+    needs_time = True
 
     def of(self, knot: Knot) -> Real:
         return knot.t

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +28,7 @@ class External(Solver):
 
     order: ClassVar[int] = 0
     adaptive: ClassVar[bool] = True
+    needs_time: ClassVar[bool] = True
 
     def nfe(self, steps: int, end: str = "stop") -> int:
         raise ValueError(f"{type(self).__name__} counts its own steps: read the calls from Solution.nfe.")
@@ -136,6 +136,11 @@ class TorchDiffEq(FlowLibrary):
     methods: ClassVar[tuple[str, ...]] = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", *FIXED)
 
     @property
+    def needs_steps(self) -> bool:
+        """A fixed-step method walks the grid it is given."""
+        return self.method in FIXED
+
+    @property
     def batch_coupled(self) -> bool:
         return self.method not in FIXED
 
@@ -200,10 +205,14 @@ _STRATONOVICH = ("midpoint", "heun", "euler_heun", "log_ode", "reversible_heun")
 
 @dataclass(frozen=True)
 class TorchSDE(External):
-    """`torchsde.sdeint` on the reverse SDE, along T - t, on an equispaced time grid.
+    """`torchsde.sdeint` on the reverse SDE, along the steps of any grid.
 
-    The noise is a `BrownianInterval` seeded from this run's `rng` (left alone, torchsde takes its seed from NumPy), one
-    seed for the whole batch. The diffusion does not depend on x, so Ito and Stratonovich methods solve the same SDE.
+    torchsde takes equal steps, so the SDE is run in a clock u of which every interval of the grid is one unit: drift
+    and squared diffusion are those of the reverse SDE times -dt/du. t(u) is linear between the knots for "euler" and
+    "milstein", whose steps are then those of `EulerMaruyama` on the same grid, and SciPy's monotone cubic (PCHIP) for
+    methods that also look at the end of a step. The noise is a `BrownianInterval` seeded from this run's `rng` (left
+    alone, torchsde takes its seed from NumPy), one seed for the whole batch. The diffusion does not depend on x, so
+    Ito and Stratonovich methods solve the same SDE.
 
     Args:
         method: "euler", "milstein", "srk" (Ito); "midpoint", "heun", "euler_heun" (Stratonovich).
@@ -224,6 +233,11 @@ class TorchSDE(External):
         check_positive("atol", self.atol)
 
     @property
+    def needs_steps(self) -> bool:
+        """Fixed steps are those of the grid."""
+        return not self.adaptive_steps
+
+    @property
     def stochastic(self) -> bool:
         return True
 
@@ -234,30 +248,25 @@ class TorchSDE(External):
     def solve_between(self, rev: Counted, x: Tensor, knots: Sequence[Knot], draw: Draw) -> list[Tensor]:
         import torchsde
 
-        times = [float(k.t) for k in knots]
-        start, span = times[0], times[0] - times[-1]
-        steps = len(times) - 1
-        if max(abs((a - b) - span / steps) for a, b in pairwise(times)) > 1e-6 * span:
-            raise ValueError('torchsde takes equal steps: use the grid "uniform_time".')
-        system = _ReverseSystem(rev, x, start, times[-1], self.method in _STRATONOVICH)
-        ts = torch.tensor([start - t for t in times], dtype=torch.float64, device=x.device)
+        steps = len(knots) - 1
+        system = _ReverseSystem(rev, x, [float(k.t) for k in knots], self.method)
         path = torchsde.BrownianInterval(
             t0=0.0,
-            t1=span,
+            t1=float(steps),
             size=(x.shape[0], x[0].numel()),
             dtype=x.dtype,
             device=x.device,
             entropy=draw.integer() % 2**31,
-            dt=span / steps,
+            dt=1.0,
             levy_area_approximation="space-time" if self.method in ("srk", "log_ode") else "none",
         )
         states = torchsde.sdeint(
             system,
             x.reshape(len(x), -1),
-            ts,
+            torch.arange(steps + 1, dtype=torch.float64, device=x.device),
             bm=path,
             method=self.method,
-            dt=span / steps * (1 + 1e-9),  # round-off must not leave a sliver of a step; the last one is clipped
+            dt=1.0 + 1e-9,  # round-off must not leave a sliver of a step; the last one is clipped
             adaptive=self.adaptive_steps,
             rtol=self.rtol,
             atol=self.atol,
@@ -266,21 +275,32 @@ class TorchSDE(External):
 
 
 class _ReverseSystem(nn.Module):
-    """The reverse SDE in the form torchsde reads: flat states, increasing time T - t, diagonal noise."""
+    """The reverse SDE in the form torchsde reads: flat states, an increasing clock, diagonal noise."""
 
     noise_type = "diagonal"
 
-    def __init__(self, rev: Counted, x: Tensor, start: float, end: float, stratonovich: bool) -> None:
+    def __init__(self, rev: ReverseSDE, x: Tensor, times: Sequence[float], method: str) -> None:
+        from scipy.interpolate import PchipInterpolator, make_interp_spline
+
         super().__init__()
-        self.sde_type = "stratonovich" if stratonovich else "ito"
-        self.rev, self.shape, self.start, self.end = rev, x.shape, start, end
+        self.sde_type = "stratonovich" if method in _STRATONOVICH else "ito"
+        self.rev, self.shape = rev, x.shape
+        self.first, self.last, self.steps = times[0], times[-1], len(times) - 1
+        linear = method in ("euler", "milstein")
+        clock = range(len(times))
+        self.time = make_interp_spline(clock, times, k=1) if linear else PchipInterpolator(clock, times)
+        self.rate = self.time.derivative()
 
-    def _time(self, elapsed: Any) -> float:
-        return min(max(self.start - float(elapsed), self.end), self.start)
+    def _at(self, clock: Any) -> tuple[Knot, float]:
+        """The knot at a reading of the clock, and -dt/du there."""
+        u = min(max(float(clock), 0.0), float(self.steps))
+        t = min(max(float(self.time(u)), self.last), self.first)
+        return self.rev.law.knot(t), -float(self.rate(u))
 
-    def f(self, elapsed: Any, y: Tensor) -> Tensor:
-        knot = self.rev.law.knot(self._time(elapsed))
-        return -self.rev(y.reshape(-1, *self.shape[1:]), knot).drift.reshape(y.shape)
+    def f(self, clock: Any, y: Tensor) -> Tensor:
+        knot, rate = self._at(clock)
+        return -rate * self.rev(y.reshape(-1, *self.shape[1:]), knot).drift.reshape(y.shape)
 
-    def g(self, elapsed: Any, y: Tensor) -> Tensor:
-        return torch.full_like(y, float(self.rev.law.g2(self._time(elapsed))) ** 0.5)
+    def g(self, clock: Any, y: Tensor) -> Tensor:
+        knot, rate = self._at(clock)
+        return torch.full_like(y, (rate * float(knot.g2)) ** 0.5)

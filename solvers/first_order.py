@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ class FirstOrder(Solver):
         """Weights of x_0, eps and z in the state at s."""
         raise NotImplementedError
 
-    def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+    def step(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """One network call at (x, t)."""
         data, noise, std = self.coefficients(t, s)
         prediction = rev(x, t)
@@ -60,6 +59,7 @@ class EulerMaruyama(FirstOrder):
 
     eta: float = 1.0
     needs_drift = True
+    needs_time = True
 
     def __post_init__(self) -> None:
         _check_eta(self.eta)

@@ -158,7 +158,9 @@ class Blended(Grid):
     steps in lambda resolve the noise levels where fine structure forms, equal steps in the angle those where most of
     the variance turns from noise into data. `recommend` uses it.
 
-    Starts where lambda is finite: at t = 0.999 on the flow SDE.
+    Where the run starts at alpha = 0, :math:`\lambda = -\infty` (the flow SDE's t = 1), lambda is replaced by
+    :math:`\log(c + e^\lambda)`, c the ratio alpha / sigma at the law's `drift_t_max`: all steps shrink with their
+    number.
 
     Args:
         t_start: see `Grid`.
@@ -175,32 +177,44 @@ class Blended(Grid):
         if not 0 <= self.mix <= 1:
             raise ValueError(f"`mix` must lie in [0, 1], got {self.mix}.")
 
-    def _start(self, law: SDE, needs_drift: bool) -> float:
-        return law.drift_t_max
-
     def _inner(self, law: SDE, start: float, end: float, steps: int) -> list[float]:
+        noisy, clean = sorted((law.half_log_snr(start), law.half_log_snr(end)))
+        times = [law.time_at(lam) for lam in self._levels(law, noisy, clean, steps)]
+        return times if law.half_log_snr(start) < law.half_log_snr(end) else times[::-1]
+
+    def _levels(self, law: SDE, noisy: float, clean: float, steps: int) -> list[float]:
+        """Inner values of lambda, ascending."""
         shift = math.log(self.sigma_data)
-        first, last = law.half_log_snr(start), law.half_log_snr(end)
-        # theta_first - theta as one arctangent of a quotient: no difference of nearly equal angles
-        a = math.exp(-first - shift)
+        floor = math.exp(law.half_log_snr(law.drift_t_max)) if noisy == -math.inf else 0.0
 
         def turned(lam: float) -> float:
+            """theta_noisy - theta as one arctangent of a quotient: no difference of nearly equal angles."""
             b = math.exp(-lam - shift)
+            if noisy == -math.inf:
+                return math.atan2(1.0, b)
+            a = math.exp(-noisy - shift)
             return math.atan2(a - b, 1.0 + a * b)
 
-        of_lambda, of_angle = (1.0 - self.mix) / (last - first), self.mix / turned(last)
-        lams = []
+        def lifted(lam: float) -> float:
+            return math.log(floor + math.exp(lam)) if floor else lam
+
+        def lowered(level: float) -> float:
+            return math.log(floor) + math.log(math.expm1(level - math.log(floor))) if floor else level
+
+        first, last = math.log(floor) if floor else noisy, lifted(clean)
+        of_lambda, of_angle = (1.0 - self.mix) / (last - first), self.mix / turned(clean)
+        found = []
         low = first
         for i in range(1, steps):
             w, high = i / steps, last
             for _ in range(200):  # bisection, to the last bit
-                lam = 0.5 * (low + high)
-                if lam in (low, high):
+                level = 0.5 * (low + high)
+                if level in (low, high):
                     break
-                below = of_lambda * (lam - first) + of_angle * turned(lam) < w
-                low, high = (lam, high) if below else (low, lam)
-            lams.append(low)
-        return [law.time_at(lam) for lam in lams]
+                below = of_lambda * (level - first) + of_angle * turned(lowered(level)) < w
+                low, high = (level, high) if below else (low, level)
+            found.append(lowered(low))
+        return found
 
 
 @dataclass(frozen=True)
@@ -447,6 +461,15 @@ ENDS = ("stop", "denoise")
 GridLike = Grid | Chain | str | Tensor | Sequence[Any] | None
 
 
+def default_grid(law: Law) -> Grid | Chain:
+    """The grid of a run that names none: `Blended` on every SDE, the chain itself on a chain.
+
+    Equal steps in time, the customary default, cannot resolve the small noise levels of VE and EDM in any affordable
+    number of steps, and are several times worse elsewhere; see ``benchmarks/README.md``.
+    """
+    return law if isinstance(law, Chain) else Blended()
+
+
 def make_knots(
     law: Law, grid: GridLike, steps: int | None, end: str = "stop", needs_drift: bool = False
 ) -> tuple[Knot, ...]:
@@ -454,8 +477,7 @@ def make_knots(
 
     Args:
         law: what the score model is defined on.
-        grid: a `Grid` (or its name), a `Chain`, given times (1-D), given knots, or None: equal steps in time on an
-            SDE, the chain itself on a chain.
+        grid: a `Grid` (or its name), a `Chain`, given times (1-D), given knots, or None for `default_grid`.
         steps: number of intervals; needed for a `Grid`, optional for a chain (which it strides), and not accepted with
             given times or knots.
         end: "stop" at the last time, or "denoise" from there to the posterior mean (one more call). A chain always
@@ -473,13 +495,13 @@ def make_knots(
     if isinstance(grid, str):
         grid = lookup(GRIDS, grid, "grid")()
     if grid is None:
-        grid = law if isinstance(law, Chain) else UniformTime()
+        grid = default_grid(law)
     if isinstance(grid, Chain):
         _same_chain(law, grid)
         knots = grid.descend(steps)
         _check_inside(law, [k.t for k in knots if not k.is_data])
         return knots
-    if isinstance(law, Chain) and not _is_knots(grid):
+    if not law.has_time and not _is_knots(grid):
         raise ValueError(
             "This score model is defined on the levels of a chain only: pass the chain as `grid` (with `steps` to "
             "stride it), or knots from chain.descend(…)."
@@ -505,7 +527,7 @@ def make_knots(
                 raise ValueError(f"The knots belong to {k.law}, the score model to {law}.")
         _check_inside(law, [k.t for k in knots if not k.is_data])
         _check_start(law, knots[0], needs_drift)
-        return knots if end == "stop" or knots[-1] is DATA else (*knots, DATA)
+        return knots if end == "stop" or knots[-1].is_data else (*knots, DATA)
     try:
         times = [float(t) for t in (grid.double().tolist() if isinstance(grid, Tensor) else grid)]
     except (TypeError, ValueError) as error:
@@ -517,7 +539,7 @@ def make_knots(
 
 def _check_start(law: Law, first: Knot, needs_drift: bool) -> None:
     """Raise if given times start where a solver that needs f, g or lambda cannot."""
-    if needs_drift and isinstance(law, SDE) and not first.per_sample and first.alpha == 0.0:
+    if needs_drift and law.has_time and not first.per_sample and first.alpha == 0.0:
         raise ValueError(
             f"This solver cannot start at t = {first.t}, where alpha = 0 and half_log_snr is infinite: start at "
             f"t = {law.drift_t_max}, or use one that can (DDIM, a multistep method in the data prediction with "
@@ -537,7 +559,7 @@ def _finish(law: Any, times: list[float], end: str) -> tuple[Knot, ...]:
 
 def _check_inside(law: Law, times: Sequence[Any]) -> None:
     """Raise if a time lies outside the domain of a continuous model (up to what float32 makes of an end)."""
-    if isinstance(law, Chain):
+    if not law.has_time:
         return
     low, high, slack = law.t_min, law.t_max, 1e-6
     for t in times:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from sde_lib import Chain, Knot, Law, Prediction, lookup
+from sde_lib import Knot, Law, Prediction, ReverseSDE, lookup
 from sde_lib._checks import check_nonnegative, check_positive
 from sde_lib._math import Real
 from solvers.exponential import PREDICTIONS, VARIABLES, Form, Interpolation, V
@@ -139,7 +138,7 @@ class Multistep(Solver):
 
     def on(self, law: Law) -> Solver:
         """On a chain, with the ramp."""
-        return replace(self, starter="ramp") if isinstance(law, Chain) and self._short_steps else self
+        return replace(self, starter="ramp") if not law.has_time and self._short_steps else self
 
     def bind(self, knots: Sequence[Knot]) -> Solver:
         """Notes how many steps are left at each knot, if the last ones are lowered."""
@@ -152,7 +151,7 @@ class Multistep(Solver):
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+    def step(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """One step, or the start: several short ones."""
         prediction = made_ahead(past, t) or rev(x, t)
         nodes: Past = (*without_ahead(past, t), (t, prediction))
@@ -168,7 +167,7 @@ class Multistep(Solver):
             x, nodes = self._advance(rev, x, t, s, nodes, draw)
         return Step(x, prediction, nodes)
 
-    def _advance(self, rev: Any, x: Tensor, t: Knot, s: Knot, nodes: Past, draw: Draw) -> tuple[Tensor, Past]:
+    def _advance(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, nodes: Past, draw: Draw) -> tuple[Tensor, Past]:
         """From t, the last of `nodes`, to s; with the nodes that the next step may read."""
         cap = self._remaining.get(float(t.half_log_snr), 8) if self._remaining and not t.per_sample else 8
         tau2 = self._tau2(t)
@@ -196,7 +195,7 @@ class Multistep(Solver):
             return torch.where((low <= lam) & (lam <= high), tau2, 0.0)
         return tau2 if low <= lam <= high else 0.0
 
-    def _start(self, law: Any, t: Knot, s: Knot) -> list[Knot]:
+    def _start(self, law: Law, t: Knot, s: Knot) -> list[Knot]:
         r"""Knots of the short first steps.
 
         Step k has order k (k + 1 with a corrector) and local error :math:`O(\ell_k^{k+1})` (:math:`O(\ell_k^{k+2})`);

@@ -19,18 +19,30 @@ class Draw:
     """Noise bound to the shape, dtype and device of a state.
 
     ``draw(t, s)`` is the unit increment of the driving noise between two knots: N(0, I), independent over disjoint
-    intervals. ``draw.normal(key…)`` is noise that belongs to no interval (prior, correctors, projections).
+    intervals. ``draw.normal(key…)`` and ``draw.uniform(key…)`` are noise that belongs to no interval (prior,
+    correctors, projections, tokens), named by a key: a word, then numbers.
+
+    A method that goes over an interval again (resampling, as in RePaint) takes fresh noise from ``draw.fork(key…)``.
     """
 
     def __call__(self, t: Knot, s: Knot) -> Tensor:
         raise NotImplementedError
 
     def normal(self, *key: Any) -> Tensor:
-        """Standard normal noise of the state's shape, named by a key (a word, then numbers)."""
+        """Standard normal noise of the state's shape."""
+        raise NotImplementedError
+
+    def uniform(self, *key: Any) -> Tensor:
+        """Uniform noise on [0, 1) of the state's shape; float32 for a state that is not floating point."""
         raise NotImplementedError
 
     def integer(self) -> int:
         """A seed for a library that takes one."""
+        raise NotImplementedError
+
+    def fork(self, *key: Any) -> Draw:
+        """Noise independent of this one and of forks with other keys; the same for the same key where seeds are counted
+        (`PerSample`, `BrownianPath`: another path)."""
         raise NotImplementedError
 
     def restart(self) -> Draw:
@@ -86,7 +98,15 @@ class _IndependentDraw(Draw):
 
     def normal(self, *key: Any) -> Tensor:
         like = self.like
-        return torch.randn(like.shape, generator=self._source(), dtype=like.dtype, device=like.device)
+        return torch.randn(like.shape, generator=self._source(), dtype=_floating(like), device=like.device)
+
+    def uniform(self, *key: Any) -> Tensor:
+        like = self.like
+        return torch.rand(like.shape, generator=self._source(), dtype=_floating(like), device=like.device)
+
+    def fork(self, *key: Any) -> Draw:
+        """The same generator: it never says a number twice."""
+        return self
 
     def integer(self) -> int:
         generator = self._source()
@@ -101,9 +121,10 @@ class PerSample(Noise):
 
     Normals come from a counter-based generator (the splitmix64 finalizer of Steele et al. 2014 over (seed, key,
     element), then Box-Muller): a function of its arguments, the same on every device up to rounding, with no loop over
-    samples and nothing that waits for a device, so that runs on it compile and can be captured. Asking again for an
-    interval gives the same noise. In float32 the uniforms have 24 bits, as torch's own, and tails end at 6.0 standard
-    deviations; in float64 32 bits and 6.7.
+    samples and nothing that waits for a device, so that runs on it compile and can be captured. An interval, or a
+    key, asked for again within a run gives fresh noise: how often it was asked for is part of the key (a number of
+    the batch; where every sample has its own times, `Draw.fork` is for the solver that repeats them). In float32 the
+    uniforms have 24 bits, as torch's own, and tails end at 6.0 standard deviations; in float64 32 bits and 6.7.
 
     Args:
         seeds: B integers.
@@ -121,17 +142,28 @@ class PerSample(Noise):
 
 
 class _PerSampleDraw(Draw):
-    def __init__(self, seeds: Sequence[int], x: Tensor) -> None:
+    def __init__(self, seeds: Sequence[int], x: Tensor, streams: Tensor | None = None) -> None:
         self.like, self.n = x, x[0].numel()
-        self.streams = torch.tensor([_signed(_mix(s)) for s in seeds], dtype=torch.int64, device=x.device)
+        if streams is None:
+            streams = torch.tensor([_signed(_mix(s)) for s in seeds], dtype=torch.int64).to(x.device)
+        self.streams = streams
         self.counter = torch.arange((self.n + 1) // 2, dtype=torch.int64, device=x.device) * _signed(_WEYL)
         self.seeds = seeds
+        self.asked: dict[Any, int] = {}
 
     def __call__(self, t: Knot, s: Knot) -> Tensor:
-        return self._normal(_key("interval", t.half_log_snr, s.half_log_snr))
+        return self.normal("interval", t.half_log_snr, s.half_log_snr)
 
     def normal(self, *key: Any) -> Tensor:
-        return self._normal(_key(*key))
+        return self.normals(self.streams + self._fresh(key)).reshape(self.like.shape).to(_floating(self.like))
+
+    def uniform(self, *key: Any) -> Tensor:
+        bits = self._bits(self.streams + self._fresh(key))
+        # both halves of every word: 32 bits each, of which float32 keeps the upper 24, so that 1 is never reached
+        wide = self.like.dtype == torch.float64
+        halves = (bits.view(torch.int32).long() + 2**31) if wide else (bits.view(torch.int32) >> 8) + 2**23
+        flat = halves.to(torch.float64 if wide else torch.float32) * (2.0**-32 if wide else 2.0**-24)
+        return flat[..., : self.n].reshape(self.like.shape).to(_floating(self.like))
 
     def integer(self) -> int:
         total = 0
@@ -139,15 +171,30 @@ class _PerSampleDraw(Draw):
             total = _mix(total ^ _mix(seed))
         return total >> 2
 
-    def restart(self) -> Draw:
-        return self
+    def fork(self, *key: Any) -> Draw:
+        return self._again(_mix_tensor(self.streams ^ _key("fork", *map(_number, key))))
 
-    def _normal(self, key: int | Tensor) -> Tensor:
-        return self.normals(self.streams + key).reshape(self.like.shape).to(self.like.dtype)
+    def restart(self) -> Draw:
+        return self._again(self.streams)
+
+    def _again(self, streams: Tensor) -> Draw:
+        return _PerSampleDraw(self.seeds, self.like, streams)
+
+    def _fresh(self, key: tuple[Any, ...]) -> int | Tensor:
+        """The hash of a key, and of how often it was asked for before."""
+        if any(isinstance(part, Tensor) for part in key):
+            return _key(*key)
+        before = self.asked.get(key, 0)
+        self.asked[key] = before + 1
+        return _key(*key, before) if before else _key(*key)
+
+    def _bits(self, streams: Tensor) -> Tensor:
+        """64 random bits per two numbers, (*streams.shape, (n + 1) // 2) int64."""
+        return _mix_tensor(streams[..., None] + self.counter)
 
     def normals(self, streams: Tensor) -> Tensor:
         """Standard normals (*streams.shape, n) in float64 for a float64 state and float32 for others."""
-        bits = _mix_tensor(streams[..., None] + self.counter)
+        bits = self._bits(streams)
         dtype = torch.float64 if self.like.dtype == torch.float64 else torch.float32
         # both halves of every word at once, as signed integers: uniform on [-1/2, 1/2)
         halves = bits.view(torch.int32).to(dtype).mul_(2.0**-32).reshape(*bits.shape, 2)
@@ -156,6 +203,16 @@ class _PerSampleDraw(Draw):
         angle = halves[..., 1] * (2.0 * math.pi)
         flat = torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], -1)
         return flat if flat.shape[-1] == self.n else flat[..., : self.n]
+
+
+def _floating(like: Tensor) -> torch.dtype:
+    """The dtype of noise for a state: its own, float32 for tokens."""
+    return like.dtype if like.is_floating_point() else torch.float32
+
+
+def _number(part: Any) -> Any:
+    """A word inside a key as a number."""
+    return _word(part) % 2**53 if isinstance(part, str) else part
 
 
 class BrownianPath(Noise):
@@ -169,7 +226,8 @@ class BrownianPath(Noise):
     a grid finds the upper part of the tree in memory (19 values of the state's size) and draws the rest, about
     19 - log2(32 / step) normals per knot: 12 for steps of 0.2 in lambda. Within a cell of 1.2e-4 in lambda the path is
     a smooth bridge, so that rounding a time does not change it; steps shorter than that are refused. `TorchSDE` takes
-    only a seed from it and walks a path of its own.
+    only a seed from it and walks a path of its own. An interval asked for again gives the same increment, as a path
+    must: a method that repeats steps takes another path, ``draw.fork(key)``.
 
     Args:
         seeds: an int, or one int per sample (sample i then keeps its path in any batch).
@@ -199,7 +257,7 @@ class _Node(NamedTuple):
 
 
 class _PathDraw(Draw):
-    def __init__(self, draw: _PerSampleDraw) -> None:
+    def __init__(self, draw: Any) -> None:  # a _PerSampleDraw
         self.draw, self.like = draw, draw.like
         self.recent: dict[float, Tensor] = {}
         self.ends: tuple[Tensor, Tensor] | None = None
@@ -219,11 +277,17 @@ class _PathDraw(Draw):
     def normal(self, *key: Any) -> Tensor:
         return self.draw.normal(*key)
 
+    def uniform(self, *key: Any) -> Tensor:
+        return self.draw.uniform(*key)
+
     def integer(self) -> int:
         return self.draw.integer()
 
+    def fork(self, *key: Any) -> Draw:
+        return _PathDraw(self.draw.fork(*key))
+
     def restart(self) -> Draw:
-        return self
+        return _PathDraw(self.draw.restart())
 
     def _normals(self, keys: Sequence[int | Tensor]) -> Sequence[Tensor] | Tensor:
         """One draw per key; float64 for a float64 state, else float32. Small ones in one pass."""
@@ -338,6 +402,17 @@ class _RecordedDraw(Draw):
         self.used += 1
         return z.to(self.like)
 
+    def uniform(self, *key: Any) -> Tensor:
+        """A recorded draw, which must lie in [0, 1)."""
+        u = self.normal()
+        if not bool(((u >= 0) & (u < 1)).all()):
+            raise ValueError(f"Recorded draw {self.used - 1} is asked for as uniform noise but leaves [0, 1).")
+        return u
+
+    def fork(self, *key: Any) -> Draw:
+        """The same list: its order is the order of the draws."""
+        return self
+
     def integer(self) -> int:
         return 0
 
@@ -428,4 +503,4 @@ def _word(word: str) -> int:
     return h
 
 
-_WORDS = {word: _word(word) for word in ("interval", "tree", "leaf", "corrector")}
+_WORDS = {word: _word(word) for word in ("interval", "tree", "leaf", "corrector", "fork")}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sde_lib import Knot, Law, lookup
+from sde_lib import Knot, Law, ReverseSDE, lookup
 from sde_lib._checks import check_positive
 from sde_lib._math import Real
 from solvers.noise import Draw
@@ -35,7 +35,7 @@ class Corrector:
         """Step size e; `shrink` is (alpha_t / alpha_s)^2 of the solver's step."""
         raise NotImplementedError
 
-    def correct(self, rev: Any, x: Tensor, at: Knot, shrink: Real, draw: Draw) -> Tensor:
+    def correct(self, rev: ReverseSDE, x: Tensor, at: Knot, shrink: Real, draw: Draw) -> Tensor:
         """Move x, a sample of p at the knot `at`."""
         for i in range(self.steps):
             score = rev(x, at).score
@@ -215,7 +215,7 @@ class PredictorCorrector(Solver):
         """Binds the predictor."""
         return self if self._predictor is None else self._with(self._predictor.bind(knots))
 
-    def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+    def step(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """Predict, then correct at s; or correct at t, then predict."""
         shrink = (t.alpha / s.alpha) * (t.alpha / s.alpha)
         x = self._correct_first(rev, x, t, s, draw)
@@ -228,11 +228,11 @@ class PredictorCorrector(Solver):
                 x = self._corrector.correct(rev, x, s, shrink, draw)
         return Step(x, prediction, past)
 
-    def finish(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+    def finish(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """The posterior mean; the published order corrects before it, at the last noisy level too."""
         return super().finish(rev, self._correct_first(rev, x, t, s, draw), t, s, past, draw)
 
-    def _correct_first(self, rev: Any, x: Tensor, t: Knot, s: Knot, draw: Draw) -> Tensor:
+    def _correct_first(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, draw: Draw) -> Tensor:
         if not self.corrector_first or self._corrector is None:
             return x
         return self._corrector.correct(rev, x, t, (t.alpha / s.alpha) * (t.alpha / s.alpha), draw)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from sde_lib import Chain, Knot, Law, Prediction, lookup
+from sde_lib import Knot, Law, Prediction, ReverseSDE, lookup
 from sde_lib._math import Real
 from sde_lib.prediction import weighted_sum
 from solvers.coordinates import COORDINATES, Coordinate
@@ -276,17 +276,22 @@ class RungeKutta(Solver):
         return self._coordinate.needs_drift
 
     @property
+    def needs_time(self) -> bool:  # type: ignore[override]
+        """Stages between the knots, or a slope in time."""
+        return self._coordinate.needs_time or any(c not in (0.0, 1.0) for c in self._tableau.c)
+
+    @property
     def shares_calls(self) -> bool:  # type: ignore[override]
         """First same as last."""
         return self._tableau.fsal
 
-    def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+    def step(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """One step; stages between the knots need a law with continuous time."""
         return ode_step(self._tableau, self._coordinate, rev, x, t, s, made_ahead(past, t))
 
 
 def ode_step(
-    tableau: Tableau, coordinate: Coordinate, rev: Any, x: Tensor, t: Knot, s: Knot, known: Prediction | None
+    tableau: Tableau, coordinate: Coordinate, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, known: Prediction | None
 ) -> Step:
     """A Runge-Kutta step of the probability-flow ODE from t to s; `known` is a prediction already made at (x, t)."""
     u, u_s = coordinate.of(t), coordinate.of(s)
@@ -362,9 +367,9 @@ class Heun(RungeKutta):
 
     def on(self, law: Law) -> Solver:
         """Churn needs continuous time."""
-        if self.s_churn > 0 and isinstance(law, Chain):
+        if self.s_churn > 0 and not law.has_time:
             raise ValueError("Churn raises the noise level between knots, which a chain does not have; use s_churn=0.")
-        return self
+        return super().on(law)
 
     def bind(self, knots: Sequence[Knot]) -> Solver:
         """Fixes N, the number of steps."""
@@ -386,14 +391,14 @@ class Heun(RungeKutta):
         std = hat.alpha * self.s_noise * math.sqrt(raised * raised - u * u)
         return weighted_sum(x, hat.alpha / t.alpha, draw.normal("churn", t.half_log_snr), std), hat
 
-    def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+    def step(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """Churn, then Heun."""
         if self.s_churn == 0:
             return super().step(rev, x, t, s, past, draw)
         x, hat = self._churned(rev.law, x, t, draw)
         return ode_step(self._tableau, self._coordinate, rev, x, hat, s, None)
 
-    def finish(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+    def finish(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """The last step churns too, then takes the posterior mean."""
         if self.s_churn == 0:
             return super().finish(rev, x, t, s, past, draw)

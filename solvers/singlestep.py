@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import Tensor
 
-from sde_lib import Chain, Knot, Law, lookup
+from sde_lib import Knot, ReverseSDE, lookup
 from sde_lib._checks import check_nonnegative, check_positive
-from sde_lib.chain import NO_TIME
 from solvers.exponential import PREDICTIONS, Form, Interpolation, V, rescaled
 from solvers.noise import Draw
 from solvers.solver import Past, Solver, Step, made_ahead
@@ -46,6 +44,7 @@ class SingleStep(Solver):
     fast: bool = False
     sigma_data: float = 1.0
     needs_drift = True  # stages between lambda = -inf and a number have no place
+    needs_time = True  # stages between the knots
     _rule: Interpolation = field(init=False, repr=False, compare=False)
     _plan: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
     _calls: dict[float, int] = field(init=False, repr=False, compare=False, default_factory=dict)
@@ -99,12 +98,6 @@ class SingleStep(Solver):
         object.__setattr__(planned, "_plan", (3,) * (blocks - len(tail)) + tail)
         return planned, blocks
 
-    def on(self, law: Law) -> Solver:
-        """Stages need continuous time."""
-        if isinstance(law, Chain):
-            raise ValueError(f"{type(self).__name__} has stages between its knots. {NO_TIME}")
-        return self
-
     def bind(self, knots: Sequence[Knot]) -> Solver:
         """Notes the planned calls of each step."""
         if not self._plan:
@@ -114,7 +107,7 @@ class SingleStep(Solver):
         object.__setattr__(bound, "_calls", calls)
         return bound
 
-    def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+    def step(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """Stages, then the step."""
         rule, tau2 = self._rule, float(self.tau) ** 2
         prediction = made_ahead(past, t) or rev(x, t)

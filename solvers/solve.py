@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_lib import Chain, Knot, ReverseSDE
-from sde_lib._checks import check_state
-from solvers.grids import Grid, GridLike, make_knots
+from sde_lib import Chain, Knot, Reverse, lookup
+from solvers.grids import Grid, GridLike, default_grid, make_knots
 from solvers.noise import Draw, Rng, as_draw
 from solvers.solver import Callback, Hooks, Outcome, Project, Solution, Solver, SolverError, Status
 
 
 def solve(
-    rev: ReverseSDE,
+    rev: Reverse,
     x_T: Tensor,
-    solver: Solver,
+    solver: Solver | str,
     *,
     steps: int | None = None,
     nfe: int | None = None,
@@ -39,11 +38,11 @@ def solve(
     Args:
         rev: the reverse SDE: ``sde.reverse(score=fn)``, ``model.reverse()`` or a wrapper of one.
         x_T: state at the first knot, (B, *D), floating point.
-        solver: what steps.
+        solver: what steps: a `Solver`, or a name in `SOLVERS`.
         steps: number of intervals.
-        nfe: budget of network calls per sample, instead of `steps`.
-        grid: a `Grid`, its name, a `Chain`, given times or knots; equal steps in time by default (the chain itself for
-            a model on a chain). See `make_knots`.
+        nfe: budget of network calls per sample, guidance included, instead of `steps`.
+        grid: a `Grid`, its name, a `Chain`, given times or knots; `Blended` by default (the chain itself for a model on
+            a chain). See `make_knots`.
         end: "stop" at the last time, or "denoise": one more call, for the posterior mean there.
         rng: noise: an int, a list of ints (one per sample), a `torch.Generator`, a `Noise`, or None (torch's global
             generator).
@@ -64,19 +63,21 @@ def solve(
         TypeError, ValueError: for arguments that do not fit together, before any step is taken.
         SolverError: under `strict`.
     """
-    _check(rev, solver)
-    check_state("x_T", x_T)
+    solver = _check(rev, solver)
+    rev.law.check_state(x_T)
     solver, knots = _plan(rev, solver, steps, nfe, grid, end)
     draw = as_draw(rng, x_T)
     if strict and not check:
         raise ValueError("`strict` needs `check`: without a look at the result there is nothing to be strict about.")
-    return _run(rev, x_T, solver, knots, draw, condition, project, callback, trajectory, strict, differentiable, check)
+    return _run(
+        rev, x_T, solver, knots, grid, draw, condition, project, callback, trajectory, strict, differentiable, check
+    )
 
 
 def sample(
-    rev: ReverseSDE,
+    rev: Reverse,
     shape: Sequence[int],
-    solver: Solver,
+    solver: Solver | str,
     *,
     steps: int | None = None,
     nfe: int | None = None,
@@ -92,9 +93,9 @@ def sample(
     Args:
         rev: the reverse SDE.
         shape: (B, *D) of the samples.
-        solver: what steps.
+        solver: what steps: a `Solver`, or a name in `SOLVERS`.
         steps: number of intervals.
-        nfe: budget of network calls per sample, instead of `steps`.
+        nfe: budget of network calls per sample, guidance included, instead of `steps`.
         grid: as in `solve`; must start at the prior.
         end: "denoise" (default) or "stop".
         rng: noise, for the prior too.
@@ -102,41 +103,50 @@ def sample(
         device: of the state.
         **options: the remaining arguments of `solve`.
     """
-    _check(rev, solver)
+    solver = _check(rev, solver)
     shape = tuple(shape)
     if len(shape) < 1 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"`shape` must be (B, *D) with positive ints, got {shape}.")
     solver, knots = _plan(rev, solver, steps, nfe, grid, end)
     law = rev.law
     first = float(knots[0].t)
-    if first < float(getattr(law, "drift_t_max", law.t_max)) * (1 - 1e-6):
+    if first < law.drift_t_max * (1 - 1e-6):
         raise ValueError(
             f"sample() starts from the prior, at t = {law.t_max}, but this grid starts at t = {first}; "
             "use solve() with a state of your own."
         )
     like = torch.empty(shape, dtype=dtype, device=device)
     draw = as_draw(rng, like)
-    x_T = law.prior_std * draw.normal("prior")
-    return solve(rev, x_T, solver, grid=knots, rng=draw, **options)
+    found = solve(rev, law.prior(draw, like), solver, grid=knots, rng=draw, **options)
+    found.grid = default_grid(law) if grid is None else grid
+    return found
 
 
-def _check(rev: Any, solver: Any) -> None:
-    if not isinstance(rev, ReverseSDE):
+def _check(rev: Any, solver: Any) -> Solver:
+    if not isinstance(rev, Reverse):
         raise TypeError(
             f"`rev` must be a ReverseSDE (sde.reverse(score=fn) or model.reverse()), got {type(rev).__name__}."
         )
+    if isinstance(solver, str):
+        from solvers import SOLVERS  # the table holds every class, and some of them drive solvers of their own
+
+        solver = lookup(SOLVERS, solver, "solver")()
     if not isinstance(solver, Solver):
-        raise TypeError(f"`solver` must be a Solver instance such as DDIM(), got {solver!r}.")
+        raise TypeError(
+            f"`solver` must be a Solver instance such as DDIM(), or the name of one such as \"ddim\", got {solver!r}."
+        )
+    return solver
 
 
 def _plan(
-    rev: ReverseSDE, solver: Solver, steps: int | None, nfe: int | None, grid: GridLike, end: str
+    rev: Reverse, solver: Solver, steps: int | None, nfe: int | None, grid: GridLike, end: str
 ) -> tuple[Solver, tuple[Knot, ...]]:
     """The solver as it runs on this law and budget, and its knots."""
     solver = solver.on(rev.law)
     if nfe is not None:
         if steps is not None:
             raise ValueError(f"Give `steps` or `nfe`, not both (got steps={steps}, nfe={nfe}).")
+        nfe = _calls(nfe, rev.nfe_per_call)
         chain = grid if isinstance(grid, Chain) else rev.law if grid is None and isinstance(rev.law, Chain) else None
         if chain is None:
             solver, steps = solver.within(nfe, end)
@@ -145,7 +155,7 @@ def _plan(
         else:
             solver, steps = solver.within(nfe, "denoise")
             steps = min(chain.n, 1 + steps)
-    elif steps is None and solver.adaptive:
+    elif steps is None and not solver.needs_steps:
         steps = 1 if grid is None or isinstance(grid, Grid | str) else None
     knots = make_knots(rev.law, grid, steps, end, solver.needs_drift)
     downward = knots[0].half_log_snr < knots[-1].half_log_snr
@@ -156,11 +166,21 @@ def _plan(
     return solver, knots
 
 
+def _calls(nfe: Any, per_call: int) -> int:
+    """Calls of the reverse within a budget of network evaluations, of which one call may cost several."""
+    if not isinstance(nfe, int) or isinstance(nfe, bool) or nfe < 1:
+        raise ValueError(f"`nfe`, the budget of network calls per sample, must be an int >= 1, got {nfe!r}.")
+    if nfe < per_call:
+        raise ValueError(f"One call costs {per_call} network evaluations here (guidance), so nfe={nfe} buys none.")
+    return nfe // per_call
+
+
 def _run(
-    rev: ReverseSDE,
+    rev: Any,
     x: Tensor,
     solver: Solver,
     knots: tuple[Knot, ...],
+    grid: GridLike,
     draw: Draw,
     condition: Mapping[str, Any] | None,
     project: Project | None,
@@ -191,6 +211,8 @@ def _run(
         times=torch.tensor([float(k.t) for k in knots], dtype=torch.float64),
         trajectory=torch.stack(outcome.trajectory) if trajectory else None,
         status=status,
+        solver=solver,
+        grid=default_grid(rev.law) if grid is None else grid,
         stats=outcome.stats,
         message=message,
     )
@@ -206,7 +228,7 @@ def _status(outcome: Outcome, check: bool) -> Tensor:
 
 
 def _explain(
-    rev: ReverseSDE, x: Tensor, solver: Solver, knots: tuple[Knot, ...], draw: Draw, project: Project | None
+    rev: Any, x: Tensor, solver: Solver, knots: tuple[Knot, ...], draw: Draw, project: Project | None
 ) -> str:
     """Replay the run on the same noise, checking every quantity, to name the first that is not finite."""
     try:

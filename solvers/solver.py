@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from sde_lib import Chain, Knot, Law, Prediction, ReverseSDE
+from sde_lib import Knot, Law, Prediction, ReverseSDE, Wrapper
 from sde_lib.chain import NO_TIME
 from solvers.noise import Draw
 
@@ -87,7 +87,16 @@ class SolverError(ArithmeticError):
     """A run failed numerically; raised under ``strict=True``."""
 
 
-@dataclass
+def described(grid: Any) -> str:
+    """A grid in a few words: its own, or what kind of times or knots it was given as."""
+    if isinstance(grid, str):
+        return f'the grid "{grid}"'
+    if isinstance(grid, (Tensor, Sequence)):
+        return f"{len(grid)} given {'knots' if isinstance(grid[0], Knot) else 'times'}"
+    return repr(grid)
+
+
+@dataclass(repr=False)
 class Solution:
     """The record of a run.
 
@@ -97,6 +106,8 @@ class Solution:
         times: times of the knots, float64 (K + 1,); the data end counts as 0.
         trajectory: states at the knots, (K + 1, B, *D), if asked for.
         status: `Status` per sample, int64 (B,) on the CPU.
+        solver: the solver as it ran.
+        grid: the grid as it was given, or the default one.
         stats: counters of the method (steps, accepted, rejected …).
         message: what went wrong and where; empty if nothing did.
     """
@@ -106,8 +117,27 @@ class Solution:
     times: Tensor
     trajectory: Tensor | None
     status: Tensor
+    solver: Solver | None = None
+    grid: Any = None
     stats: dict[str, Any] = field(default_factory=dict)
     message: str = ""
+
+    def __repr__(self) -> str:
+        low, high = int(self.nfe.min()), int(self.nfe.max())
+        calls = f"{low}" if low == high else f"{low} to {high}"
+        solved = int((self.status == Status.OK).sum())
+        lines = [
+            f"{len(self.x)} samples of shape {tuple(self.x.shape[1:])}, {str(self.x.dtype).removeprefix('torch.')} on "
+            f"{self.x.device}: {'all' if solved == len(self.x) else solved} solved",
+            f"  by {self.solver} on {described(self.grid)}, "
+            f"t = {float(self.times[0]):.4g} to {float(self.times[-1]):.4g}",
+            f"  {calls} network calls per sample",
+        ]
+        if self.trajectory is not None:
+            lines.append(f"  states at {len(self.trajectory)} times in `trajectory`")
+        if self.message:
+            lines.append(f"  {self.message}")
+        return "\n".join(lines)
 
     @property
     def ok(self) -> bool:
@@ -145,19 +175,36 @@ class Hooks:
             )
 
 
-class Counted:
-    """A ReverseSDE that counts its calls."""
+class Counted(Wrapper):
+    """Counts the calls, of its copies too.
 
-    def __init__(self, rev: ReverseSDE, check: bool = False) -> None:
-        self.rev, self.law, self.check = rev, rev.law, check
-        self.calls = 0
+    Args:
+        inner: what is called.
+        check: raise SolverError at the first output that is not finite.
+    """
 
-    def __call__(self, x: Tensor, knot: Knot) -> Prediction:
-        self.calls += 1
-        prediction = self.rev(x, knot)
+    def __init__(self, inner: ReverseSDE, check: bool = False) -> None:
+        super().__init__(inner)
+        self.check, self._tally = check, Tally()
+
+    @property
+    def calls(self) -> int:
+        """Calls so far."""
+        return self._tally.calls
+
+    def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:
+        self._tally.calls += 1
+        prediction = self.inner(x, t)
         if self.check:
-            check_finite(prediction.raw, "the network's output", knot)
+            check_finite(prediction.raw, "the network's output", prediction.knot)
         return prediction
+
+
+@dataclass
+class Tally:
+    """A count that copies share."""
+
+    calls: int = 0
 
 
 def check_finite(x: Tensor, what: str, knot: Knot) -> None:
@@ -184,8 +231,15 @@ class Solver:
     """Whether a step ends in a call at its new knot, which the next step, or the end, does not repeat."""
     needs_drift: ClassVar[bool] = False
     """Whether f and g of the SDE are used, so that runs start where they are finite."""
+    needs_time: ClassVar[bool] = False
+    """Whether the solver goes between the knots, or uses f and g: what a chain, which has levels only, cannot give."""
     adaptive: ClassVar[bool] = False
     """Whether the solver chooses its own steps; the grid then says where the solution is reported."""
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether a run must be told its number of steps (or its times)."""
+        return not self.adaptive
 
     @property
     def stochastic(self) -> bool:
@@ -224,19 +278,19 @@ class Solver:
         Raises:
             ValueError: if it cannot run there.
         """
-        if self.adaptive and isinstance(law, Chain):
-            raise ValueError(f"{type(self).__name__} chooses its own times. {NO_TIME}")
+        if self.needs_time and not law.has_time:
+            raise ValueError(f"{type(self).__name__} needs more than the levels of a chain. {NO_TIME}")
         return self
 
     def bind(self, knots: Sequence[Knot]) -> Solver:
         """The solver for one grid: where per-grid constants are worked out. Itself for most."""
         return self
 
-    def step(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+    def step(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """Advance x from knot `t` to knot `s`."""
         raise NotImplementedError
 
-    def finish(self, rev: Any, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
+    def finish(self, rev: ReverseSDE, x: Tensor, t: Knot, s: Knot, past: Past, draw: Draw) -> Step:
         """The step to the data end (sigma = 0): the posterior mean E[x_0 | x_t], whatever the method.
 
         DDIM, DDPM and Heun's last step (Karras et al. 2022, Algorithm 1) all reduce to it there.

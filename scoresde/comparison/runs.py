@@ -158,15 +158,12 @@ class Runs:
         """The budget in the words of `solve`."""
         if budget.nfe is None:
             return {}
-        per_call = self.bench.rev.nfe_per_call
-        calls = budget.nfe // per_call
-        if calls < 1:
-            raise ValueError(f"one call costs {per_call} network evaluations here, got nfe={budget.nfe}")
+        calls = budget.nfe
         if not walks_the_grid(budget.solver):
             return {"nfe": calls}
         # a library counts its own calls: ask it what one and two steps of one sample cost
         runs = [self.bench.solve(budget.solver, repetition, slice(0, 1), grid, steps=k)[0] for k in (1, 2)]
-        first, second = (int(run.nfe[0]) // per_call for run in runs)
+        first, second = (int(run.nfe[0]) for run in runs)
         if calls < first:
             raise ValueError(f"{type(budget.solver).__name__} needs at least {first} network calls, got nfe={calls}")
         return {"steps": 1 + (calls - first) // max(1, second - first)}

@@ -506,13 +506,6 @@ def test_torchsde_samples_the_reverse_sde(method):
         assert abs(float(out.x.var()) - v_s - bias[1]) < 5 * v_s * math.sqrt(2 / n)
 
 
-def test_torchsde_needs_equal_steps():
-    """Unequal grids are refused with the grid that works."""
-    sde = make_sde("vp")
-    with pytest.raises(ValueError, match="uniform_time"):
-        solve(mixture().reverse(sde), torch.ones(2).double(), TorchSDE(), steps=5, grid="karras")
-
-
 def test_wrappers_on_images():
     """(B, C, H, W) states through every library, equal to ours in the limit."""
     sde, data = make_sde("vp"), mixture((2, 2, 2))

@@ -192,9 +192,9 @@ def test_given_times():
 
 
 def test_defaults():
-    """No grid: equal steps in time on an SDE, every level on a chain; the end is explicit."""
+    """No grid: blended steps on an SDE, every level on a chain; the end is explicit."""
     sde = VPSDE()
-    assert [k.t for k in make_knots(sde, None, 4)] == pytest.approx([1.0, 0.75025, 0.5005, 0.25075, 0.001])
+    assert [k.t for k in make_knots(sde, None, 4)] == [k.t for k in make_knots(sde, "blended", 4)]
     chain = sde.discretize(30)
     knots = make_knots(chain, None, None)
     assert [k.label for k in knots] == [*range(29, -1, -1), -1] and knots[-1] is DATA
@@ -279,11 +279,11 @@ def test_bad_rules():
 
 
 def test_singular_starts():
-    """On the flow SDE, lambda- and ratio-spaced grids start where lambda is finite; angle and time start at t = 1."""
+    """On the flow SDE, lambda- and ratio-spaced grids start where lambda is finite; the others start at t = 1."""
     sde = make_sde("flow")
-    for grid in (UniformHalfLogSNR(), Karras(), Blended(), Polyexponential(), IDDPM(), AlignYourSteps()):
+    for grid in (UniformHalfLogSNR(), Karras(), Polyexponential(), IDDPM(), AlignYourSteps()):
         assert make_knots(sde, grid, 5)[0].t == sde.drift_t_max
-    for grid in (UniformTime(), UniformAngle(), Quadratic(), Geometric(), Cosine(), Beta(), Shifted()):
+    for grid in (UniformTime(), UniformAngle(), Quadratic(), Geometric(), Cosine(), Beta(), Shifted(), Blended()):
         assert make_knots(sde, grid, 5)[0].t == 1.0
         assert make_knots(sde, grid, 5, needs_drift=True)[0].t == sde.drift_t_max
 

@@ -12,8 +12,19 @@ from oracles import make_sde
 from scipy import stats
 from torch import Tensor
 
-from sde_lib import EDMSDE, Knot
-from solvers import DDIM, BrownianPath, Independent, PerSample, Recorded, as_draw, solve
+from sde_lib import EDMSDE, GaussianMixture, Knot, transition
+from solvers import (
+    DDIM,
+    BrownianPath,
+    Independent,
+    PerSample,
+    Recorded,
+    Solver,
+    Step,
+    as_draw,
+    make_knots,
+    solve,
+)
 
 SDE = make_sde("vp")
 T, U, S = SDE.knot(0.8), SDE.knot(0.5), SDE.knot(0.2)
@@ -109,17 +120,96 @@ def test_elements_are_independent():
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_a_sample_is_a_function_of_its_seed(shape, dtype):
-    """Bitwise: whatever the batch, the order, and however often asked; shapes with an odd number of elements too."""
+    """Bitwise: whatever the batch and the order, at odd numbers of elements too; asked again, fresh noise."""
     seeds = [5, 5, 9, 2**70, -3]
     x = torch.zeros(5, *shape, dtype=dtype)
     draw = PerSample(seeds).bind(x)
-    for call in (lambda d: d(T, S), lambda d: d.normal("prior"), lambda d: d.normal("k", 3, 0.5)):
+    calls = (lambda d: d(T, S), lambda d: d.normal("prior"), lambda d: d.normal("k", 3, 0.5), lambda d: d.uniform("k"))
+    for call in calls:
         whole = call(draw)
         assert whole.shape == x.shape and whole.dtype == dtype and torch.isfinite(whole).all()
-        assert torch.equal(call(draw), whole) and torch.equal(call(draw.restart()), whole)
+        again, replay = call(draw), draw.restart()
+        assert not torch.equal(again, whole)
+        assert torch.equal(call(replay), whole) and torch.equal(call(replay), again)
         assert torch.equal(whole[0], whole[1]) and not torch.equal(whole[0], whole[2])
         for i in (4, 2):
-            assert torch.equal(call(PerSample([seeds[i]]).bind(x[:1]))[0], whole[i])
+            alone = PerSample([seeds[i]]).bind(x[:1])
+            assert torch.equal(call(alone)[0], whole[i]) and torch.equal(call(alone)[0], again[i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_uniform_noise(dtype):
+    """On [0, 1), uniform, uncorrelated with the normals of the same key; the same below any batch."""
+    draw = PerSample([1, 2]).bind(torch.zeros(2, 50_001, dtype=dtype))
+    u, z = draw.uniform("u", 3), PerSample([1, 2]).bind(torch.zeros(2, 50_001, dtype=dtype)).normal("u", 3)
+    assert u.dtype == dtype and 0.0 <= float(u.min()) and float(u.max()) < 1.0
+    assert stats.kstest(u[0].numpy(), "uniform").pvalue > 1e-3
+    assert abs(float(torch.corrcoef(torch.stack([u[0], u[1]]))[0, 1])) < 4 / 50_001**0.5
+    tokens = PerSample([1, 2]).bind(torch.zeros(2, 5, dtype=torch.int64)).uniform("u", 3)
+    assert tokens.dtype == torch.float32 and float(tokens.max()) < 1.0
+    assert z.shape == u.shape
+
+
+def test_forks_are_other_noise():
+    """A fork is named by its key: the same key the same noise, another key, or the order of two, another one."""
+    x = torch.zeros(2, 1000, dtype=torch.float64)
+    for noise in (PerSample([3, 4]), BrownianPath([3, 4])):
+        draw = noise.bind(x)
+        base = draw(T, S)
+        one, other = draw.fork("again", 1), draw.fork("x")
+        forks = [one, draw.fork("again", 2), one.fork("x"), other.fork("again", 1)]
+        values = [base, *(fork(T, S) for fork in forks)]
+        assert torch.equal(draw.fork("again", 1)(T, S), values[1])
+        for i, a in enumerate(values):
+            for b in values[:i]:
+                assert abs(float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])) < 5 / 2000**0.5
+
+
+class Resampled(Solver):
+    """RePaint's move with nothing known: every step is taken, undone by the forward process, and taken again."""
+
+    passes = 4
+
+    def __init__(self, fork: bool) -> None:
+        object.__setattr__(self, "fork", fork)
+
+    @property
+    def stochastic(self) -> bool:
+        return True
+
+    def step(self, rev, x, t, s, past, draw):
+        for k in range(self.passes):
+            noise = draw.fork("again", k) if self.fork else draw
+            if k:
+                kernel = transition(s, t)
+                x = kernel.scale * x + kernel.std * draw.normal("back", t.half_log_snr)
+            x = DDIM(eta=1.0).step(rev, x, t, s, (), noise).x
+        return Step(x)
+
+
+def resampled_variance(std, v, knots):
+    """Of N(0, v) under the same steps with independent noise, in closed form: every move is affine in the state."""
+    for t, s in itertools.pairwise(knots):
+        kernel, gain = transition(s, t), t.alpha * std**2 / (t.alpha**2 * std**2 + t.sigma**2)
+        data, noise, fresh = DDIM(eta=1.0).coefficients(t, s)
+        slope = data * gain + noise * (1.0 - t.alpha * gain) / t.sigma
+        for k in range(Resampled.passes):
+            if k:
+                v = kernel.scale**2 * v + kernel.std**2
+            v = slope**2 * v + fresh**2
+    return v
+
+
+@pytest.mark.parametrize("rng", ["one seed", "a seed per sample", "one path per sample"])
+def test_a_solver_may_repeat_its_steps(rng):
+    """Passes over one interval add variances if each draws noise of its own, and amplitudes if they share it."""
+    n, std = 20_000, 0.5
+    rev = GaussianMixture([0.0], std=std).reverse(SDE)
+    noise = {"one seed": 0, "a seed per sample": list(range(n)), "one path per sample": BrownianPath(0)}[rng]
+    x = torch.randn(n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    knots = make_knots(SDE, "uniform_half_log_snr", 15)
+    found = solve(rev, x, Resampled(rng == "one path per sample"), grid=knots, rng=noise).x.var()
+    assert float(found) == pytest.approx(resampled_variance(std, float(x.var()), knots), rel=4 * (2 / n) ** 0.5)
 
 
 def test_float32_is_the_rounded_float64():

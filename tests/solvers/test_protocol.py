@@ -604,7 +604,7 @@ def test_up_and_down_again(case):
         ({"x_T": torch.tensor(1.0)}, ValueError, "x_T"),
         ({"x_T": torch.zeros(0, 3)}, ValueError, "B >= 1"),
         ({"solver": DDIM}, TypeError, "Solver instance"),
-        ({"solver": "ddim"}, TypeError, "Solver instance"),
+        ({"solver": "dim"}, ValueError, "Unknown solver"),
         ({"rev": lambda x, t: x}, TypeError, "ReverseSDE"),
         ({"rng": "seed"}, (TypeError, ValueError), "rng|seeds"),
         ({"rng": 1.5}, TypeError, "rng"),
