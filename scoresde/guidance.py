@@ -44,7 +44,7 @@ class ClassifierFreeGuidance(Wrapper):
 
     def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:
         null = dict.fromkeys(self.condition) if self.null is None else self.null
-        if not null:
+        if self.null is None and not null:
             raise ValueError(
                 "Guidance needs a condition to leave out, and this model was given none: pass condition={…}, e.g. "
                 '{"class_label": labels}.'

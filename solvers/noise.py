@@ -20,9 +20,11 @@ class Draw:
 
     ``draw(t, s)`` is the unit increment of the driving noise between two knots: N(0, I), independent over disjoint
     intervals. ``draw.normal(key…)`` and ``draw.uniform(key…)`` are noise that belongs to no interval (prior,
-    correctors, projections, tokens), named by a key: a word, then numbers.
+    correctors, projections, tokens), named by a key: a word, then numbers. Where seeds are counted the same key names
+    the same noise.
 
-    A method that goes over an interval again (resampling, as in RePaint) takes fresh noise from ``draw.fork(key…)``.
+    A method that goes over its steps again (resampling, as in RePaint) takes its noise from ``draw.fork(key…)`` then,
+    so that keys are fresh too.
     """
 
     def __call__(self, t: Knot, s: Knot) -> Tensor:
@@ -121,10 +123,10 @@ class PerSample(Noise):
 
     Normals come from a counter-based generator (the splitmix64 finalizer of Steele et al. 2014 over (seed, key,
     element), then Box-Muller): a function of its arguments, the same on every device up to rounding, with no loop over
-    samples and nothing that waits for a device, so that runs on it compile and can be captured. An interval, or a
-    key, asked for again within a run gives fresh noise: how often it was asked for is part of the key (a number of
-    the batch; where every sample has its own times, `Draw.fork` is for the solver that repeats them). In float32 the
-    uniforms have 24 bits, as torch's own, and tails end at 6.0 standard deviations; in float64 32 bits and 6.7.
+    samples and nothing that waits for a device, so that runs on it compile and can be captured. An interval asked for
+    again within a run gives fresh noise: how often it was asked for is part of its key (where every sample has times of
+    its own, a solver that repeats them must `fork`). In float32 the uniforms have 24 bits, as torch's own, and tails
+    end at 6.0 standard deviations; in float64 32 bits and 6.7.
 
     Args:
         seeds: B integers.
@@ -152,13 +154,18 @@ class _PerSampleDraw(Draw):
         self.asked: dict[Any, int] = {}
 
     def __call__(self, t: Knot, s: Knot) -> Tensor:
-        return self.normal("interval", t.half_log_snr, s.half_log_snr)
+        interval = (t.half_log_snr, s.half_log_snr)
+        before = 0
+        if not (t.per_sample or s.per_sample):
+            before = self.asked.get(interval, 0)
+            self.asked[interval] = before + 1
+        return self.normal("interval", *interval, *([before] if before else []))
 
     def normal(self, *key: Any) -> Tensor:
-        return self.normals(self.streams + self._fresh(key)).reshape(self.like.shape).to(_floating(self.like))
+        return self.normals(self.streams + _key(*key)).reshape(self.like.shape).to(_floating(self.like))
 
     def uniform(self, *key: Any) -> Tensor:
-        bits = self._bits(self.streams + self._fresh(key))
+        bits = self._bits(self.streams + _key("uniform", *map(_number, key)))
         # both halves of every word: 32 bits each, of which float32 keeps the upper 24, so that 1 is never reached
         wide = self.like.dtype == torch.float64
         halves = (bits.view(torch.int32).long() + 2**31) if wide else (bits.view(torch.int32) >> 8) + 2**23
@@ -179,14 +186,6 @@ class _PerSampleDraw(Draw):
 
     def _again(self, streams: Tensor) -> Draw:
         return _PerSampleDraw(self.seeds, self.like, streams)
-
-    def _fresh(self, key: tuple[Any, ...]) -> int | Tensor:
-        """The hash of a key, and of how often it was asked for before."""
-        if any(isinstance(part, Tensor) for part in key):
-            return _key(*key)
-        before = self.asked.get(key, 0)
-        self.asked[key] = before + 1
-        return _key(*key, before) if before else _key(*key)
 
     def _bits(self, streams: Tensor) -> Tensor:
         """64 random bits per two numbers, (*streams.shape, (n + 1) // 2) int64."""
@@ -503,4 +502,4 @@ def _word(word: str) -> int:
     return h
 
 
-_WORDS = {word: _word(word) for word in ("interval", "tree", "leaf", "corrector", "fork")}
+_WORDS = {word: _word(word) for word in ("interval", "tree", "leaf", "corrector", "fork", "uniform")}

@@ -139,8 +139,8 @@ def test_time_goes_where_it_is_spent():
     class SleepyDraw(PerSample):
         def bind(self, x):
             draw = super().bind(x)
-            normal = draw._normal
-            draw._normal = lambda key: (time.sleep(0.02), normal(key))[1]
+            normals = draw.normals
+            draw.normals = lambda streams: (time.sleep(0.02), normals(streams))[1]
             return draw
 
     options = {"shape": (3,), "n": 8, "repetitions": 1, "progress": False, "path_error": False, "nfe": (20,)}
