@@ -316,7 +316,7 @@ def _of_chain(run: _Run, chain: Chain, times: int | None, draws: int, variance: 
     else:
         cells = _cells(chain, times // 2)
         counts = [2] * len(cells)
-    steps = []
+    steps: list[Tensor] = []
     for cell in [cell for cell, count in zip(cells, counts, strict=True) for _ in range(count)]:
         inside = (run.uniform(len(steps)) * len(cell)).long().clamp(max=len(cell) - 1) if len(cell) > 1 else zero
         steps.append(cell[0] + inside)
