@@ -451,7 +451,7 @@ def _fixed(
     changes: list[Tensor] = []
     kept_log_prob: Tensor | None = None
     if setup.doubling:
-        coarse = replace(tracer, differentiable=False)
+        coarse = replace(tracer, differentiable=False, coarse=True)
         only: Groups = None if kept is None else [kept]
 
         def total(n: Nodes) -> Tensor:

@@ -69,10 +69,10 @@ def ascending_knots(law: SDE, grid: Grid | str, steps: int) -> tuple[Knot, ...]:
     return (law.knot(law.t_min), *inner, law.knot(law.drift_t_max))
 
 
-def quadrature(knots: Sequence[Knot], sigma_data: float) -> list[float]:
+def quadrature(knots: Sequence[Knot], sigma_data: float, coarse: bool = False) -> list[float]:
     """Weights w with sum_k w_k g(theta_k) = the integral of g over the angle, cubic in lambda between knots.
 
-    A last knot at alpha = 0, where lambda is infinite, is joined by a trapezoid in the angle.
+    A last knot at alpha = 0, where lambda is infinite, is joined by a trapezoid in the angle; `coarse`, by a rectangle.
     """
     angle = Angle(sigma_data)
     finite = [k for k in knots if k.alpha > 0]
@@ -89,8 +89,8 @@ def quadrature(knots: Sequence[Knot], sigma_data: float) -> list[float]:
         weights[k] *= math.sin(turned) * math.cos(turned)
     if len(finite) < len(knots):
         step = float(angle.of(knots[-1])) - float(angle.of(knots[-2]))
-        weights[-2] += step / 2
-        weights[-1] += step / 2
+        weights[-2] += step if coarse else step / 2
+        weights[-1] += 0.0 if coarse else step / 2
     return weights
 
 
@@ -157,6 +157,8 @@ class Tracer:
         chunk: vector-Jacobian products of the exact trace taken together.
         batch_rows: rows per network call where knots are evaluated together.
         differentiable: record graphs.
+        coarse: a first-order last step to alpha = 0 in place of one of second order. The steps before are made longer
+            by leaving out knots, and this one, which has none to leave out, would not change with them.
     """
 
     rev: ReverseSDE
@@ -166,6 +168,7 @@ class Tracer:
     chunk: int
     batch_rows: int
     differentiable: bool = False
+    coarse: bool = False
     law: SDE = field(init=False)
 
     def __post_init__(self) -> None:
@@ -191,21 +194,26 @@ class Tracer:
             if found[-1] is None:
                 found[-1] = visit(len(knots) - 1, knots[-1], states[-1])
                 visitor.calls += 1
-            latent = self._leave(latent, knots[-1], found[-1][0])
-            knots.append(self.law.knot(self.law.t_max))
-            states.append(latent)
-            found.append(None)
+            end = self.law.knot(self.law.t_max)
+            states.append(self._leave(latent, knots[-1], found[-1][0]))
+            found.append(visit(len(knots), end, states[-1]))
+            visitor.calls += 1
+            latent = states[-1] if self.coarse else self._leave(latent, knots[-1], found[-2][0], found[-1][0])
+            knots.append(end)
         left = [k for k, known in enumerate(found) if known is None]
         for k, known in zip(left, self.revisit(left, knots, states, groups), strict=True):
             found[k] = known
         return self._nodes(knots, states, found, latent, visitor.calls + len(left))
 
-    def _leave(self, x: Tensor, knot: Knot, prediction: Prediction) -> Tensor:
-        """From the last finite lambda to alpha = 0, by one step along the angle, of length alpha / sigma."""
+    def _leave(self, x: Tensor, knot: Knot, prediction: Prediction, there: Prediction | None = None) -> Tensor:
+        """From the last finite lambda to alpha = 0, one step along the angle, of length alpha / sigma: by the slope here
+        (Euler), or by the mean with that of a prediction there (Heun)."""
         angle, end = Angle(self.sigma_data), self.law.knot(self.law.t_max)
         step = float(angle.of(end)) - float(angle.of(knot))
-        y = rescale(x, 1.0 / float(angle.scale(knot))) + step * prediction.mix(*angle.slope(knot))
-        return rescale(y, float(angle.scale(end)))
+        slope = prediction.mix(*angle.slope(knot))
+        if there is not None:
+            slope = 0.5 * (slope + there.mix(*angle.slope(end)))
+        return rescale(rescale(x, 1.0 / float(angle.scale(knot))) + step * slope, float(angle.scale(end)))
 
     def revisit(
         self, which: Sequence[int], knots: Sequence[Knot], states: Sequence[Tensor], groups: Callable[[int], Groups]
@@ -242,7 +250,8 @@ class Tracer:
     ) -> Nodes:
         angle, d = Angle(self.sigma_data), states[0][0].numel()
         raw, constant = [], d * math.log(float(angle.scale(knots[-1])) / float(angle.scale(knots[0])))
-        for knot, weight, (prediction, _) in zip(knots, quadrature(knots, self.sigma_data), found, strict=True):
+        weights = quadrature(knots, self.sigma_data, self.coarse)
+        for knot, weight, (prediction, _) in zip(knots, weights, found, strict=True):
             a, b = (float(c) for c in prediction.weights(*angle.slope(knot)))
             scale = weight * float(angle.scale(knot))
             raw.append(scale * b)
