@@ -206,8 +206,8 @@ class Tracer:
         return self._nodes(knots, states, found, latent, visitor.calls + len(left))
 
     def _leave(self, x: Tensor, knot: Knot, prediction: Prediction, there: Prediction | None = None) -> Tensor:
-        """From the last finite lambda to alpha = 0, one step along the angle, of length alpha / sigma: by the slope here
-        (Euler), or by the mean with that of a prediction there (Heun)."""
+        """From the last finite lambda to alpha = 0, one step along the angle, of length alpha / sigma: by the slope
+        here (Euler), or by the mean with that of a prediction there (Heun)."""
         angle, end = Angle(self.sigma_data), self.law.knot(self.law.t_max)
         step = float(angle.of(end)) - float(angle.of(knot))
         slope = prediction.mix(*angle.slope(knot))
