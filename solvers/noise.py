@@ -123,10 +123,11 @@ class PerSample(Noise):
 
     Normals come from a counter-based generator (the splitmix64 finalizer of Steele et al. 2014 over (seed, key,
     element), then Box-Muller): a function of its arguments, the same on every device up to rounding, with no loop over
-    samples and nothing that waits for a device, so that runs on it compile and can be captured. An interval asked for
-    again within a run gives fresh noise: how often it was asked for is part of its key (where every sample has times of
-    its own, a solver that repeats them must `fork`). In float32 the uniforms have 24 bits, as torch's own, and tails
-    end at 6.0 standard deviations; in float64 32 bits and 6.7.
+    samples and nothing that waits for a device, so that runs on it compile and can be captured. (Seeds that are no
+    regular sequence are copied to the device by `bind`: call it before a capture.) An interval asked for again within a
+    run gives fresh noise: how often it was asked for is part of its key (where every sample has times of its own, a
+    solver that repeats them must `fork`). In float32 the uniforms have 24 bits, as torch's own, and tails end at 6.0
+    standard deviations; in float64 32 bits and 6.7.
 
     Args:
         seeds: B integers.
@@ -146,9 +147,7 @@ class PerSample(Noise):
 class _PerSampleDraw(Draw):
     def __init__(self, seeds: Sequence[int], x: Tensor, streams: Tensor | None = None) -> None:
         self.like, self.n = x, x[0].numel()
-        if streams is None:
-            streams = torch.tensor([_signed(_mix(s)) for s in seeds], dtype=torch.int64).to(x.device)
-        self.streams = streams
+        self.streams = _streams(seeds, x.device) if streams is None else streams
         self.counter = torch.arange((self.n + 1) // 2, dtype=torch.int64, device=x.device) * _signed(_WEYL)
         self.seeds = seeds
         self.asked: dict[Any, int] = {}
@@ -468,6 +467,16 @@ def _mix_tensor(z: Tensor) -> Tensor:
         if factor is not None:
             z *= _signed(factor)
     return z
+
+
+def _streams(seeds: Sequence[int], device: torch.device) -> Tensor:
+    """The mixed seeds, (B,). A regular sequence, such as a range, is counted on the device: a list would be copied
+    there, which waits for it and is refused while a CUDA graph is captured."""
+    step = seeds[1] - seeds[0] if len(seeds) > 1 else 0
+    if all(seeds[i + 1] - seeds[i] == step for i in range(len(seeds) - 1)):
+        places = torch.arange(len(seeds), dtype=torch.int64, device=device)
+        return _mix_tensor(places * _signed(step) + _signed(seeds[0]))
+    return torch.tensor([_signed(_mix(s)) for s in seeds], dtype=torch.int64).to(device)
 
 
 def _key(word: str, *values: Any) -> int | Tensor:

@@ -56,6 +56,22 @@ def test_no_solver_waits(name):
             assert end.device == META and not seen
 
 
+def test_a_range_of_seeds_is_counted_on_the_device():
+    """Binding them waits for nothing either; seeds without a rule are copied, once, when they are bound."""
+    x = state(3, 2)
+    for seeds in ([1, 2, 3], [7, 7, 7], [2**64 - 2, 2**64 - 1, 2**64], [5, -1, -7]):
+        with waits() as seen:
+            PerSample(seeds).bind(x)
+        assert not seen
+        # and are the streams of the copied ones
+        counted = PerSample(seeds).bind(torch.zeros(3, 5)).normal("k")
+        copied = PerSample([*seeds, 0]).bind(torch.zeros(4, 5)).normal("k")[:3]
+        assert torch.equal(counted, copied)
+    with waits() as seen:
+        PerSample([4, 1, 3]).bind(x)
+    assert len(seen) == 1 and "noise.py" in seen[0]
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_network_waits(name):
     """Forward and backward, with the class where there is one; a second pyramid for the U-Net with filters."""
