@@ -193,16 +193,27 @@ def noise_fraction(s: Knot, t: Knot) -> Real:
     """
     if isinstance(t.half_log_snr, float) and isinstance(s.half_log_snr, float) and t.half_log_snr > s.half_log_snr:
         raise ValueError(f"`s` must be cleaner than `t`, got s = {s.t} and t = {t.t}: kernels run forward only.")
-    return -m.expm1(2.0 * (t.half_log_snr - s.half_log_snr))
+    lam_t, lam_s = t.half_log_snr, s.half_log_snr
+    if isinstance(lam_t, Tensor) or isinstance(lam_s, Tensor):
+        same = torch.as_tensor(lam_t == lam_s)
+        return -m.expm1(2.0 * torch.where(same, 0.0, lam_t - lam_s))
+    return 0.0 if lam_t == lam_s else -m.expm1(2.0 * (lam_t - lam_s))  # inf - inf where alpha = 0 at both
+
+
+def _kept(s: Knot, t: Knot) -> Real:
+    """alpha_t / alpha_s; 1 between equal scales, alpha = 0 at both included."""
+    if isinstance(t.alpha, Tensor) or isinstance(s.alpha, Tensor):
+        return torch.where(torch.as_tensor(t.alpha == s.alpha), 1.0, t.alpha / s.alpha)
+    return 1.0 if t.alpha == s.alpha else t.alpha / s.alpha
 
 
 def transition(s: Knot, t: Knot) -> Kernel:
     """Forward kernel from `s` to the noisier `t`."""
-    return Kernel(t.alpha / s.alpha, t.sigma * m.sqrt(noise_fraction(s, t)))
+    return Kernel(_kept(s, t), t.sigma * m.sqrt(noise_fraction(s, t)))
 
 
 def posterior(s: Knot, t: Knot) -> Posterior:
     """Law of x_s given x_t and x_0, by Bayes (Ho et al. 2020, arXiv:2006.11239, eqs. 6-7, for any linear SDE)."""
     new = noise_fraction(s, t)
     ratio = s.sigma / t.sigma
-    return Posterior(t.alpha / s.alpha * ratio * ratio, s.alpha * new, s.sigma * m.sqrt(new))
+    return Posterior(_kept(s, t) * ratio * ratio, s.alpha * new, s.sigma * m.sqrt(new))

@@ -36,6 +36,12 @@ class LinearBeta:
         if self.beta_max < self.beta_min:
             raise ValueError(f"`beta_max` must be >= `beta_min`, got {self.beta_max} < {self.beta_min}.")
         check_ordered("t_min", self.t_min, "t_max", self.t_max)
+        if 0.5 * self._integral(self.t_max) > 300.0:
+            raise ValueError(
+                f"With beta_max = {self.beta_max} the signal at t_max = {self.t_max} is alpha = "
+                f"exp(-{0.5 * self._integral(self.t_max):.4g}), too small for float64: lower `beta_max` (20 is usual) "
+                "or `t_max`."
+            )
 
     def _beta(self, t: Real) -> Real:
         return self.beta_min + t * (self.beta_max - self.beta_min)

@@ -33,6 +33,15 @@ class Recommendation(NamedTuple):
     exact: float
     learned: float | None
 
+    def __repr__(self) -> str:
+        learned = "not measured" if self.learned is None else f"{self.learned:.2g}"
+        what = "distance to the law" if self.solver.stochastic else "error"
+        return (
+            f"for {self.nfe} network calls: {self.solver} on {self.grid}\n"
+            f"  {what} at {self.measured_at} calls, in units of the data: {self.exact:.2g} on exact scores, {learned} on "
+            "trained networks"
+        )
+
 
 class _Row(NamedTuple):
     least: int  # smallest budget

@@ -12,6 +12,7 @@ from torch import Tensor
 from sde_lib import Chain, Knot, Reverse, lookup
 from solvers.grids import Grid, GridLike, default_grid, make_knots
 from solvers.noise import Draw, Rng, as_draw
+from solvers.progress import Bar, Ticking
 from solvers.solver import Callback, Hooks, Outcome, Project, Solution, Solver, SolverError, Status
 
 
@@ -32,6 +33,7 @@ def solve(
     strict: bool = False,
     differentiable: bool = False,
     check: bool = True,
+    progress: bool = False,
 ) -> Solution:
     """Carry a state along a grid: from the prior down to the data, or upward (inversion) with a deterministic solver.
 
@@ -55,6 +57,7 @@ def solve(
         check: look whether the result is finite, the one time the host waits for the device. Without it a fixed-step
             run can be captured as a CUDA graph or compiled whole, and `status` does not know of samples that are not
             finite.
+        progress: show a bar that counts network calls.
 
     Returns:
         The `Solution`. A failed run is replayed on the same noise to name the step and the quantity in its message.
@@ -70,8 +73,9 @@ def solve(
     if strict and not check:
         raise ValueError("`strict` needs `check`: without a look at the result there is nothing to be strict about.")
     return _run(
-        rev, x_T, solver, knots, grid, draw, condition, project, callback, trajectory, strict, differentiable, check
-    )
+        rev, x_T, solver, knots, grid, draw, condition, project, callback, trajectory, strict, differentiable, check,
+        progress,
+    )  # fmt: skip
 
 
 def sample(
@@ -189,12 +193,17 @@ def _run(
     strict: bool,
     differentiable: bool,
     check: bool,
+    progress: bool,
 ) -> Solution:
     if condition:
         rev = rev.given(**condition)
     hooks = Hooks(project, callback, trajectory)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        outcome = solver.run(rev, x, knots, draw, hooks)
+        if progress:
+            with Bar(_expected(solver, knots)) as bar:
+                outcome = solver.run(Ticking(rev, bar), x, knots, draw, hooks)
+        else:
+            outcome = solver.run(rev, x, knots, draw, hooks)
         status = _status(outcome, check)
         message = outcome.message
         if check and not message and bool((status != Status.OK).any()):
@@ -216,6 +225,14 @@ def _run(
         stats=outcome.stats,
         message=message,
     )
+
+
+def _expected(solver: Solver, knots: tuple[Knot, ...]) -> int | None:
+    """Calls of a run, where the solver can tell."""
+    if solver.adaptive:
+        return None
+    steps = len(knots) - 1 - knots[-1].is_data
+    return solver.nfe(steps, "denoise" if knots[-1].is_data else "stop") if steps else 1
 
 
 def _status(outcome: Outcome, check: bool) -> Tensor:

@@ -1,5 +1,6 @@
 """Data specifications, label maps, input scaling and the wrappers of a reverse SDE."""
 
+import itertools
 import json
 import math
 
@@ -14,20 +15,18 @@ from scoresde import (
     VESDE,
     VPSDE,
     AdaptiveRungeKutta,
-    Ancestral,
     ClassifierFreeGuidance,
     ClipData,
     DataSpec,
     EulerMaruyama,
     GaussianMixture,
     Heun,
-    PredictorCorrector,
     ScoreModel,
-    UniformHalfLogSNR,
     inpaint,
     sample,
     solve,
 )
+from solvers import make_knots
 
 
 class Spy(nn.Module):
@@ -231,25 +230,40 @@ def test_clipping_bounds_the_data_and_keeps_the_identity():
         ClipData(data.reverse(sde), 1.0, -1.0)
 
 
-def test_inpainting_keeps_the_known_and_conditions_the_rest():
-    """Strongly correlated pair: given the first coordinate, the second follows it; the known come back exactly."""
-    rho = 0.98
+def replaced_moments(rho, y, knots, solver):
+    """Mean and variance of the second of a normal pair whose first is replaced at every knot: a recursion of numbers,
+    for what is drawn anew is independent of the state, and every step is affine in both."""
+    cov, one = torch.tensor([[1.0, rho], [rho, 1.0]], dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+    mean, var = 0.0, 1.0
+    for t, s in itertools.pairwise(knots):
+        gain = t.alpha * cov @ torch.linalg.inv(t.alpha**2 * cov + t.sigma**2 * one)
+        a, b, c = (1.0, 0.0, 0.0) if s.is_data else solver.coefficients(t, s)
+        step = a * gain + b * (one - t.alpha * gain) / t.sigma
+        known, own = float(step[1, 0]), float(step[1, 1])
+        mean, var = own * mean + known * t.alpha * y, own**2 * var + known**2 * t.sigma**2 + c**2
+    return mean, var
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.98])
+def test_inpainting_is_replacement(rho):
+    """The known elements follow their forward process to the end, and the rest is what replacement makes of it: exactly
+    the moments of the recursion, whose limit is the bias that the docstring names."""
+    law, solver, y, n = VPSDE(), DDIM(eta=1.0), 1.5, 20_000
     cov = torch.tensor([[1.0, rho], [rho, 1.0]], dtype=torch.float64)
-    data = GaussianMixture(torch.zeros(1, 2), covariances=cov[None])
-    known = torch.tensor([[1.5, 0.0]], dtype=torch.float64)
-    mask = torch.tensor([True, False])
-    solver = PredictorCorrector(Ancestral(), "langevin")
-    n = 1500
+    rev = GaussianMixture(torch.zeros(1, 2), covariances=cov[None]).reverse(law)
+    project = inpaint(torch.tensor([[y, float("nan")]], dtype=torch.float64), torch.tensor([True, False]))
+    seen = []
     drawn = sample(
-        data.reverse(VPSDE()),
-        (n, 2),
-        solver,
-        steps=120,
-        grid=UniformHalfLogSNR(),
-        rng=0,
-        project=inpaint(known, mask),
-        dtype=torch.float64,
-    ).x
-    assert torch.equal(drawn[:, 0], torch.full((n,), 1.5, dtype=torch.float64))
-    # replacement is only approximately conditional sampling (mean 1.47): far nearer to it than to the prior's 0
-    assert 1.1 < drawn[:, 1].mean() < 1.6
+        rev, (n, 2), solver, steps=60, rng=0, project=project, dtype=torch.float64,
+        callback=lambda info: seen.append((info.s, info.x[:, 0].mean(), info.x[:, 0].std())),
+    ).x  # fmt: skip
+    assert torch.equal(drawn[:, 0], torch.full((n,), y, dtype=torch.float64))
+    for s, mean, std in seen:  # four standard errors
+        assert abs(float(mean) - s.alpha * y) <= 4 * s.sigma / n**0.5
+        assert abs(float(std) - s.sigma) <= 4 * s.sigma / (2 * n) ** 0.5
+    mean, var = replaced_moments(rho, y, make_knots(law, None, 60, "denoise"), solver)
+    assert float(drawn[:, 1].mean()) == pytest.approx(mean, abs=4 * (var / n) ** 0.5)
+    assert float(drawn[:, 1].var()) == pytest.approx(var, rel=4 * (2 / n) ** 0.5)
+    if rho == 0.5:
+        limit = replaced_moments(rho, 1.0, make_knots(law, None, 1000, "denoise"), solver)
+        assert limit == pytest.approx((0.27, 0.82), abs=0.005)

@@ -9,7 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from sde_lib import EDMSDE, SDES, VESDE, VPSDE, Chain, GaussianMixture, ReverseSDE, TabulatedSDE, Wrapper
+from sde_lib import (
+    EDMSDE,
+    SDES,
+    VESDE,
+    VPSDE,
+    Chain,
+    GaussianMixture,
+    ReverseSDE,
+    TabulatedSDE,
+    Wrapper,
+    posterior,
+    transition,
+)
 from solvers import AdaptiveRungeKutta, Ancestral, Heun, TorchDiffEq, solve
 
 CHAIN = VPSDE().discretize(30)
@@ -192,3 +204,16 @@ def test_a_chain_that_no_sde_passes_through():
     chain = Chain([0.0, 0.5, 1.0], lam, alpha, [a * math.exp(-v) for a, v in zip(alpha, lam, strict=True)], 1.0)
     with pytest.raises(ValueError, match="variance-preserving"):
         chain.continuous()
+
+
+def test_kernels_where_nothing_is_left_of_the_data():
+    """From alpha = 0 to itself nothing happens; a law whose alpha underflows is refused when it is made."""
+    sde = SDES["flow"]()
+    for knot in (sde.knot(1.0), sde.knot(torch.ones(2, dtype=torch.float64))):
+        other = sde.knot(knot.t)
+        kernel, back = transition(other, knot), posterior(other, knot)
+        found_wanted = zip((*kernel, *back), (1.0, 0.0, 1.0, 0.0, 0.0), strict=True)
+        for found, wanted in found_wanted:
+            assert torch.equal(torch.as_tensor(found, dtype=torch.float64).expand(2), torch.full((2,), wanted).double())
+    with pytest.raises(ValueError, match=r"lower `beta_max`"):
+        VPSDE(beta_max=5000.0)

@@ -77,6 +77,19 @@ def test_every_door_takes_the_same_default():
     assert solve(SPOTS.reverse(chain), torch.zeros(1, 2), "ddim").grid is chain
 
 
+@pytest.mark.parametrize("solver", ["heun", "dpmpp_3m", "adaptive", "scipy", "unipc"])
+def test_progress_counts_calls(solver, capsys):
+    """The bar ends full, where its end is known, and changes no number; without it nothing is written."""
+    rev, x = SPOTS.reverse(VPSDE()), torch.ones(3, 2)
+    steps = {} if solver in ("adaptive", "scipy") else {"steps": 7}
+    quiet = solve(rev, x, solver, **steps, end="denoise")
+    assert capsys.readouterr().err == ""
+    told = solve(rev, x, solver, **steps, end="denoise", progress=True)
+    assert torch.equal(quiet.x, told.x)
+    shown, calls = capsys.readouterr().err, int(told.nfe.max())
+    assert f"{calls}/{calls}" in shown or (not steps and "call" in shown)
+
+
 def test_solvers_by_name():
     rev, x = SPOTS.reverse(VPSDE()), torch.ones(3, 2)
     assert torch.equal(solve(rev, x, "dpmpp_2m", nfe=10).x, solve(rev, x, DPMpp2M(), nfe=10).x)

@@ -135,3 +135,9 @@ def test_bad_budgets(bad):
         recommend(bad)
     with pytest.raises(ValueError, match=">= 2"):
         recommend(1, stochastic=True)
+
+
+def test_a_recommendation_in_words():
+    assert "for 20 network calls: Multistep" in repr(recommend(20))
+    assert "0.00033 on exact scores, 0.00049 on trained networks" in repr(recommend(20))
+    assert "distance to the law at 10 calls" in repr(recommend(11, stochastic=True))
