@@ -38,8 +38,8 @@ class Recommendation(NamedTuple):
         what = "distance to the law" if self.solver.stochastic else "error"
         return (
             f"for {self.nfe} network calls: {self.solver} on {self.grid}\n"
-            f"  {what} at {self.measured_at} calls, in units of the data: {self.exact:.2g} on exact scores, {learned} on "
-            "trained networks"
+            f"  {what} at {self.measured_at} calls, in units of the data: {self.exact:.2g} on exact scores, {learned} "
+            "on trained networks"
         )
 
 
