@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_lib import SDE, ReverseSDE
-from solvers import AdaptiveRungeKutta, Solver, make_knots, solve
+from sde_lib import ReverseSDE
+from solvers import AdaptiveRungeKutta, Solver, as_solver, make_knots, solve
 from solvers.grids import GridLike
 
 
@@ -37,7 +37,7 @@ def decode(
     z: Tensor,
     *,
     tol: float = 1e-5,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     steps: int | None = None,
     grid: GridLike = None,
     condition: Mapping[str, Any] | None = None,
@@ -48,7 +48,7 @@ def decode(
         rev: reverse SDE of a continuous law.
         z: latents, (B, *D).
         tol: relative and absolute tolerance of the default solver, Dormand-Prince with per-sample steps.
-        solver: another deterministic solver.
+        solver: another deterministic solver, or its name.
         steps: its number of steps.
         grid: its grid, from t_max down to t_min; also used upward.
         condition: keyword arguments for the network, batch first.
@@ -62,25 +62,26 @@ def _follow(
     up: bool,
     *,
     tol: float = 1e-5,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     steps: int | None = None,
     grid: GridLike = None,
     condition: Mapping[str, Any] | None = None,
 ) -> Tensor:
     law = rev.law
-    if not isinstance(law, SDE):
+    if not law.has_time:
         raise ValueError(
-            "Codes of the ODE need continuous time; this model lives on a chain. Interpolate it with "
-            "TabulatedSDE(chain.alphas_cumprod), or invert along its levels with DDIM."
+            "Codes of the ODE need continuous time; this model lives on a chain. Go on between its levels with "
+            "chain.continuous(), or invert along them with DDIM."
         )
     if solver is None:
         if steps is not None or grid is not None:
             raise ValueError("`steps` and `grid` go with a `solver`; the default one takes steps of its own.")
         solver = AdaptiveRungeKutta(rtol=tol, atol=tol)
+    solver = as_solver(solver)
     if solver.stochastic:
         raise ValueError(f"{type(solver).__name__} adds noise: codes need a deterministic solver.")
     knots = [law.knot(law.t_max), law.knot(law.t_min)]
-    if not solver.adaptive:
+    if solver.needs_steps:
         knots = list(make_knots(law, grid, steps, needs_drift=solver.needs_drift))
     return solve(rev, x, solver, grid=knots[::-1] if up else knots, condition=condition, strict=True).x
 

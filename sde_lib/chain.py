@@ -214,8 +214,8 @@ class Chain(Law):
 
 NO_TIME = (
     "A chain has no continuous time: no drift, no velocity, no times between its levels. Use a solver that steps "
-    "between knots (DDIM, Ancestral, ReverseDiffusion, Heun in the noise-ratio coordinate), or interpolate it with "
-    "TabulatedSDE(chain.alphas_cumprod)."
+    "between knots (DDIM, Ancestral, ReverseDiffusion, Heun in the noise-ratio coordinate), or go on between the "
+    "levels with chain.continuous()."
 )
 
 

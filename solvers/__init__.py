@@ -61,7 +61,7 @@ from solvers.runge_kutta import (
     Tsitouras,
 )
 from solvers.singlestep import SEEDS2, DPMpp2S, DPMpp3S, DPMppSDE, DPMSolver2, DPMSolver3, SingleStep
-from solvers.solve import sample, solve
+from solvers.solve import as_solver, sample, solve
 from solvers.solver import Solution, Solver, SolverError, Status, Step, StepInfo
 
 SOLVERS: Mapping[str, type[Solver]] = {
@@ -184,6 +184,7 @@ __all__ = [
     "UniformHalfLogSNR",
     "UniformTime",
     "as_draw",
+    "as_solver",
     "denoising_error",
     "make_knots",
     "recommend",

@@ -131,13 +131,23 @@ def _check(rev: Any, solver: Any) -> Solver:
         raise TypeError(
             f"`rev` must be a ReverseSDE (sde.reverse(score=fn) or model.reverse()), got {type(rev).__name__}."
         )
+    return as_solver(solver)
+
+
+def as_solver(solver: Any) -> Solver:
+    """A solver from itself or from its name in `SOLVERS`, with default options.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else, a class among it.
+    """
     if isinstance(solver, str):
         from solvers import SOLVERS  # the table holds every class, and some of them drive solvers of their own
 
         solver = lookup(SOLVERS, solver, "solver")()
     if not isinstance(solver, Solver):
         raise TypeError(
-            f"`solver` must be a Solver instance such as DDIM(), or the name of one such as \"ddim\", got {solver!r}."
+            f'`solver` must be a Solver instance such as DDIM(), or the name of one such as "ddim", got {solver!r}.'
         )
     return solver
 

@@ -16,7 +16,7 @@ from scoresde.likelihood.path import Groups, Nodes, Tracer, ascending_knots, mea
 from scoresde.likelihood.probes import Probes, as_probes
 from sde_lib import SDE, Prediction, ReverseSDE
 from sde_lib._checks import check_positive, check_state
-from solvers import TABLEAUX, Angle, Blended, Coordinate, Grid, Multistep, Solver, Status
+from solvers import TABLEAUX, Angle, Blended, Coordinate, Grid, Multistep, Solver, Status, as_solver
 from solvers.adaptive import failure, integrate, row_knot
 from solvers.noise import Draw, Rng, as_draw
 from solvers.runge_kutta import Leaves, rescale
@@ -146,7 +146,7 @@ def log_likelihood(
     rng: Rng = None,
     condition: Mapping[str, Any] | None = None,
     sigma_data: float = 1.0,
-    solver: Solver | None = None,
+    solver: Solver | str | None = None,
     grid: Grid | str | None = None,
     joint: bool | None = None,
     chunk: int = CHUNK,
@@ -261,8 +261,8 @@ def _check(
         raise TypeError(f"`rev` must be a ReverseSDE (model.reverse()), got {type(rev).__name__}.")
     if not isinstance(rev.law, SDE):
         raise ValueError(
-            "A likelihood through the ODE needs continuous time; this model lives on a chain. Interpolate it with "
-            "TabulatedSDE(chain.alphas_cumprod), or take the chain's own bound: elbo()."
+            "A likelihood through the ODE needs continuous time; this model lives on a chain. Go on between its"
+            " levels with chain.continuous(), or take the chain's own bound: elbo()."
         )
     check_state("x", x)
     if check and not bool(torch.isfinite(x).all()):
@@ -413,7 +413,7 @@ def _fixed(
     x: Tensor,
     steps: int,
     draw: Draw,
-    solver: Solver | None,
+    solver: Solver | str | None,
     grid: Grid | str | None,
     joint: bool | None,
     batch_rows: int,
@@ -421,7 +421,7 @@ def _fixed(
     check: bool,
     keep: bool,
 ) -> Likelihood:
-    solver = (solver or Multistep(4, 5, prediction="flow", starter="ramp")).on(setup.law)
+    solver = as_solver(solver or Multistep(4, 5, prediction="flow", starter="ramp")).on(setup.law)
     if solver.stochastic or solver.adaptive:
         raise ValueError(f"The trajectory needs a deterministic solver with fixed steps, got {solver}.")
     grid = Blended(mix=0.15, sigma_data=setup.sigma_data) if grid is None else grid

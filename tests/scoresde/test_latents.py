@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scoresde import SDES, VPSDE, GaussianMixture, decode, encode, interpolate, log_likelihood
-from solvers import Ancestral, Heun
+from solvers import Ancestral, Heun, TorchDiffEq
 
 DATA = GaussianMixture([[0.3, -0.2, 0.1]], std=0.6)
 
@@ -56,3 +56,14 @@ def test_what_has_no_code_is_refused():
         encode(DATA.reverse(VPSDE()), x, solver=Ancestral(), steps=5)
     with pytest.raises(ValueError, match="solver"):
         encode(DATA.reverse(VPSDE()), x, steps=5)
+
+
+def test_solvers_by_name_and_libraries_that_walk_a_grid():
+    """A name, and a library's fixed-step method with as many steps as asked, not one from end to end."""
+    data = GaussianMixture([[0.5, -0.2]], std=[0.4])
+    rev, x = data.reverse(VPSDE()), data.sample(3, torch.Generator().manual_seed(0), torch.float64)
+    want = encode(rev, x, tol=1e-9)
+    torch.testing.assert_close(encode(rev, x, solver="dpmpp_3m", steps=200), want, rtol=0, atol=1e-3)
+    torch.testing.assert_close(encode(rev, x, solver=TorchDiffEq("rk4"), steps=200), want, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="`steps`"):
+        encode(rev, x, solver=TorchDiffEq("rk4"))
