@@ -388,6 +388,14 @@ def differences(a: ml_collections.ConfigDict, b: ml_collections.ConfigDict) -> l
     return [p for p in differ if _used(a, p) or _used(b, p)]
 
 
+def check_numbers(config: ml_collections.ConfigDict) -> None:
+    """Raise a `ConfigError` that names the first field in use that is NaN, which every comparison lets through."""
+    for path, value in flatten(config):
+        values = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(v, float) and math.isnan(v) for v in values) and _used(config, path):
+            raise ConfigError(f"config.{path} is not a number, got {value!r}.")
+
+
 def _used(config: ml_collections.ConfigDict, path: str) -> bool:
     """Whether a field lies in no sub-section of an entry that is not named."""
     here = config

@@ -10,9 +10,11 @@ bitwise.
 from __future__ import annotations
 
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,34 +32,27 @@ from scoresde.losses import chain_loss, continuous_loss
 from scoresde.score_model import DataSpec, ScoreModel
 from scoresde.storage import Checkpoint, CheckpointError, latest, read_checkpoint, save_checkpoint
 from scoresde.storage.checkpoints import clean
+from scoresde.storage.files import one_line
+from scoresde.storage.locks import locked
 from scoresde.storage.optimizers import load_optimizer, optimizer_tensors
+from scoresde.storage.processes import first_tells
 from scoresde.storage.tensors import check_tensors
 from scoresde.training.ema import EMA
 from scoresde.training.metrics import Metrics
 from scoresde.training.samples import draw_samples
+from scoresde.training.settings import OPTIMIZERS, PRECISIONS, check, check_same_run, learning_rate
+from scoresde.training.signals import Signals
+from scoresde.training.streams import CLASSES, DROPOUT, EVAL, FLIP, NOISE, Order, generator, mix
 from sde_lib import Chain, lookup
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-PRECISIONS = {"none": "no", "bf16": "bf16", "fp16": "fp16"}
-DECAYS: dict[str, Callable[[float], float]] = {
-    "constant": lambda f: 1.0,
-    "linear": lambda f: 1.0 - f,
-    "cosine": lambda f: 0.5 * (1.0 + math.cos(math.pi * f)),
-}
-"""Name -> factor of the learning rate after a fraction f of the run."""
-
-# what may change between the parts of a run: it does not touch the steps that were done
-_FREE = (
-    "sampling.",
-    "likelihood.",
-    *(f"training.{name}" for name in ("max_seconds", "log_every", "eval_", "sample_every", "checkpoint_every")),
-    *(f"training.{name}" for name in ("keep", "tensorboard", "cpu")),
-)
-
-_ORDER, _NOISE, _DROPOUT, _CLASSES, _EVAL, _FLIP = range(6)
 
 Sampler = Callable[[ScoreModel, ConfigDict], Tensor]
 Callback = Callable[[int, dict[str, float]], None]
+
+
+_DIVERGED = (
+    "The loss is {loss} between steps {first} and {last}. Lower training.learning_rate or training.clip, and resume "
+    "from the last checkpoint."
+)
 
 
 class TrainingError(ArithmeticError):
@@ -83,55 +78,6 @@ class TrainingResult:
     data: Dataset
 
 
-def mix(*parts: int) -> int:
-    """A 63-bit seed from integers: neighbouring inputs give unrelated seeds (splitmix64)."""
-    state = 0
-    for part in parts:
-        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
-
-
-def generator(*parts: int) -> torch.Generator:
-    """A CPU generator seeded by `mix`. Its 32 effective bits are the high ones of the mixture."""
-    return torch.Generator().manual_seed(mix(*parts) >> 31)
-
-
-class Order:
-    """Rows of batch after batch: a stream of permutations of all rows, one per epoch, as a function of the seed.
-
-    Args:
-        n: number of rows.
-        batch_size: rows per batch; batches run on across epochs, so none is short.
-        seed: of the permutations.
-    """
-
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self._epoch, self._rows = -1, torch.empty(0, dtype=torch.int64)
-
-    def rows(self, step: int) -> Tensor:
-        """Rows of the batch of step 0, 1, …, int64 (batch_size,)."""
-        position, end = step * self.batch_size, (step + 1) * self.batch_size
-        parts = []
-        while position < end:
-            epoch, offset = divmod(position, self.n)
-            if epoch != self._epoch:
-                self._rows = torch.randperm(self.n, generator=generator(self.seed, _ORDER, epoch))
-                self._epoch = epoch
-            parts.append(self._rows[offset : offset + end - position])
-            position += len(parts[-1])
-        return torch.cat(parts)
-
-
-def learning_rate(section: ConfigDict, n: int, fraction: float) -> float:
-    """Learning rate of the n-th step (1, 2, …): linear warm-up, times the decay after `fraction` of the run."""
-    warm = min(1.0, n / section.warmup) if section.warmup > 0 else 1.0
-    return section.learning_rate * warm * DECAYS[section.decay](min(max(fraction, 0.0), 1.0))
-
-
 class _Objective(nn.Module):
     """The loss as a module: the wrappers of Accelerate (DDP, autocast) act on `forward` only."""
 
@@ -153,33 +99,6 @@ class _Objective(nn.Module):
         return self.loss(self.model, x_0, rng=rng, condition=condition, **self.options).per_sample
 
 
-def check(config: ConfigDict) -> None:
-    """Raise a `ConfigError` for training settings that cannot work, before anything is built."""
-    t = config.training
-    for name in ("batch_size", "steps", "accumulation", "keep", "log_every"):
-        if t[name] < 1:
-            raise ConfigError(f"training.{name} must be >= 1, got {t[name]}.")
-    for name in ("warmup", "clip", "eval_every", "sample_every", "checkpoint_every", "weight_decay"):
-        if t[name] < 0:
-            raise ConfigError(f"training.{name} must be >= 0, got {t[name]}.")
-    if t.learning_rate <= 0.0:
-        raise ConfigError(f"training.learning_rate must be > 0, got {t.learning_rate}.")
-    if t.max_seconds < 0.0:
-        raise ConfigError(f"training.max_seconds must be > 0, or 0 for no budget, got {t.max_seconds}.")
-    if not 0.0 <= t.class_dropout <= 1.0:
-        raise ConfigError(f"training.class_dropout must be in [0, 1], got {t.class_dropout}.")
-    if config.sde.chain is not None and t.times != "uniform":
-        raise ConfigError(f"training.times={t.times!r} needs continuous time; levels of a chain are uniform.")
-    for table, name, what in (
-        (OPTIMIZERS, t.optimizer, "training.optimizer"),
-        (PRECISIONS, t.precision, "training.precision"),
-        (DECAYS, t.decay, "training.decay"),
-    ):
-        configs.lookup_entry(table, name, what)
-    configs.make_solver(config)  # a sample picture must not be what ends a long run
-    configs.make_grid(config)
-
-
 def train(
     config: ConfigDict,
     workdir: str | Path,
@@ -192,7 +111,11 @@ def train(
 
     Writes into `workdir`: config.json, metrics.jsonl, tensorboard/ (if installed), samples/ and checkpoints/. Starts
     from the newest checkpoint there. Runs on what Accelerate finds: one device, or several under torchrun, where
-    `training.batch_size` is the number of samples per optimizer step over all of them.
+    `training.batch_size` is the number of samples per optimizer step over all of them. The workdir is locked: a second
+    run in it is refused.
+
+    Ctrl-C, SIGTERM and SIGHUP end the run after the step that it is at, with a checkpoint (a second Ctrl-C at once,
+    without). A sample picture that cannot be drawn costs a line, not the run.
 
     Args:
         config: see `scoresde.config.defaults`.
@@ -205,27 +128,33 @@ def train(
 
     Raises:
         ConfigError: for settings that do not work, or a workdir whose run had other ones.
+        LockedError: (an OSError) if another run is using the workdir.
         CheckpointError: for a damaged checkpoint.
         TrainingError: if the loss becomes NaN or infinite.
         ImportError: without Accelerate (``pip install 'scoresde[train]'``).
         OSError: if a checkpoint cannot be written (a full disk); earlier ones are untouched.
+        KeyboardInterrupt: after Ctrl-C, and SystemExit with 128 + its number after another signal: 143 for SIGTERM, 129
+            for SIGHUP. The run was saved.
     """
     check(config)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):  # the caller's random stream goes on as if nothing had happened
-        return _Run(config, Path(workdir), resume, sampler, callback).run(progress)
+    # the caller's random stream goes on as if nothing had happened
+    with torch.random.fork_rng(devices), ExitStack() as stack:
+        run = _Run(config, Path(workdir), sampler, callback)
+        run.start(resume, stack)
+        return run.run(progress)
 
 
 class _Run:
     """One run: what `train` keeps between its steps."""
 
     def __init__(
-        self, config: ConfigDict, workdir: Path, resume: bool, sampler: Sampler | None, callback: Callback | None
+        self, config: ConfigDict, workdir: Path, sampler: Sampler | None, callback: Callback | None
     ) -> None:
+        """Build everything; nothing is written."""
         self.config, self.workdir, self.section = config, workdir, config.training
         self.sampler, self.callback = sampler or _one_class_after_the_other, callback
         self.root = workdir / "checkpoints"
-        found = self._found(resume)
         self.accelerator = _accelerator(self.section)
         self.main = self.accelerator.is_main_process
         parts = self.section.accumulation * self.accelerator.num_processes
@@ -239,9 +168,6 @@ class _Run:
         torch.manual_seed(mix(config.seed))
         self.model = configs.make_model(config, self.data.spec)
         self._check_loss()
-        if self.main:
-            clean(self.root)
-            configs.save(config, workdir / "config.json")
         self.model.to(self.accelerator.device)
         if self.section.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -257,14 +183,31 @@ class _Run:
         self.objective, self.optimizer = self.accelerator.prepare(_Objective(self.model, config), optimizer)
         self.step, self.seconds, self.saved = 0, 0.0, -1
         self.loss_sum, self.loss_count = torch.zeros((), dtype=torch.float64, device=self.accelerator.device), 0
-        if found is not None:
-            self._restore(found)
         self.train_data = _placed(self.data.train, self.accelerator.device)
         self.held_out = _placed(self.data.held_out, self.accelerator.device)
         self.order = Order(len(self.train_data), t.batch_size, config.seed)
-        self.metrics = Metrics(workdir, self.step, t.tensorboard) if self.main else None
+        self.metrics: Metrics | None = None
+        # of signals and clocks, which the CPUs agree on: no device has to be waited for
+        parallel = self.accelerator.num_processes > 1
+        self.hosts = torch.distributed.new_group(backend="gloo") if parallel else None
 
     # --- before the first step ----------------------------------------------------------------------------------------
+    def start(self, resume: bool, stack: ExitStack) -> None:
+        """Take the workdir for as long as `stack` is open, and go on with the run in it."""
+
+        def lock() -> None:
+            stack.enter_context(locked(self.workdir / ".lock", f"The workdir {self.workdir}"))
+
+        first_tells(lock)
+        found = self._found(resume)
+        if found is not None:
+            self._restore(found)
+        if self.main:
+            clean(self.root)
+            configs.save(self.config, self.workdir / "config.json")
+            self.metrics = Metrics(self.workdir, self.step, self.section.tensorboard)
+            stack.callback(self.metrics.close)
+
     def _found(self, resume: bool) -> Checkpoint | None:
         newest = latest(self.root)
         if newest is None:
@@ -274,18 +217,9 @@ class _Run:
                 f"{self.workdir} holds a run at {newest.name}; resume it, or choose another --workdir."
             )
         found = read_checkpoint(newest)
-        earlier = configs.from_dict(found.state["config"])
-        differ = configs.differences(earlier, self.config)
-        free = _FREE if self.section.decay != "constant" else (*_FREE, "training.steps")
-        bad = [field for field in differ if not field.startswith(free)]
-        if bad:
-            was, now = dict(configs.flatten(earlier)), dict(configs.flatten(self.config))
-            shown = ", ".join(f"{field} was {was[field]!r} and is {now[field]!r}" for field in bad[:3])
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            raise ConfigError(
-                f"The run in {self.workdir} has another configuration: {shown}{more}. Choose another --workdir, or "
-                "use its config.json."
-            )
+        if not isinstance(found.state.get("config"), dict):
+            raise CheckpointError(f"{newest / 'state.json'} is incomplete: it has no configuration.")
+        check_same_run(configs.from_dict(found.state["config"]), self.config, self.workdir)
         return found
 
     def _check_loss(self) -> None:
@@ -313,8 +247,14 @@ class _Run:
             scaler = self.accelerator.scaler
             if scaler is not None and state["scaler"]:
                 scaler.load_state_dict(state["scaler"])
-        except (KeyError, TypeError) as error:
+            before, now = state["processes"], self.accelerator.num_processes
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{where / 'state.json'} is incomplete: {error!r}.") from error
+        if before != now and self.main:
+            _tell(
+                f"The run in {self.workdir} goes on with {now} process(es) and had {before}: from step {self.step + 1} "
+                "on it draws other noise than it would have."
+            )
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     def run(self, progress: bool | None) -> TrainingResult:
@@ -329,44 +269,49 @@ class _Run:
             disable=disable,
         )
         started = time.perf_counter() - self.seconds
-        try:
-            with bar:
-                while True:
-                    self.seconds = time.perf_counter() - started
-                    fraction = self._fraction()
-                    if fraction >= 1.0:
-                        break
-                    norm, rate = self._step(fraction)
-                    self.step += 1
-                    if self.step % t.log_every == 0:
-                        self._log(bar, rate, norm)
-                    if _due(self.step, t.eval_every):
-                        self._evaluate()
-                    if _due(self.step, t.sample_every):
-                        self._sample()
-                    if _due(self.step, t.checkpoint_every):
-                        self._save()
-                    bar.update((round(self.seconds) if by_clock else self.step) - bar.n)
+        with Signals(once=self.hosts is None) as signals, bar:
+            while True:
+                self.seconds = time.perf_counter() - started
+                fraction, caught = self._agreed(signals.caught)
+                if fraction >= 1.0 or caught:
+                    break
+                norm, rate = self._step(fraction)
+                self.step += 1
+                if self.step % t.log_every == 0:
+                    self._log(bar, rate, norm)
+                if _due(self.step, t.eval_every):
+                    self._evaluate()
+                if _due(self.step, t.sample_every) and not signals.caught:
+                    self._sample()
+                if _due(self.step, t.checkpoint_every):
+                    self._save()
+                bar.update((round(self.seconds) if by_clock else self.step) - bar.n)
             if self.step != self.saved:
                 self._save()
-        finally:
-            if self.metrics is not None:
-                self.metrics.close()
+        if caught:
+            self._end(caught)
         shadow = self.ema.state_dict()
         self.model.load_state_dict(shadow)
         return TrainingResult(self.model.eval(), self.step, self.seconds, self.workdir, self.data)
 
-    def _fraction(self) -> float:
-        """How much of the run is done: the larger of steps and wall time, the same on every process."""
-        fraction = self.step / self.section.steps
-        if self.section.max_seconds == 0:
-            return fraction
-        clock = torch.tensor([self.seconds / self.section.max_seconds], dtype=torch.float64)
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast  # type: ignore[import-untyped]
+    def _agreed(self, caught: int) -> tuple[float, int]:
+        """How much of the run is done (the larger of steps and wall time), and the signal by which it is to end, if
+        any: the same on every process."""
+        t = self.section
+        clock = self.seconds / t.max_seconds if t.max_seconds > 0 and self.main else 0.0  # process 0's rules
+        if self.hosts is not None:
+            both = torch.tensor([clock, float(caught)], dtype=torch.float64)
+            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, self.hosts)
+            clock, caught = float(both[0]), int(both[1])
+        return max(self.step / t.steps, clock), caught
 
-            clock = broadcast(clock.float().to(self.accelerator.device))  # the clock of process 0 rules
-        return max(fraction, float(clock))
+    def _end(self, caught: int) -> None:
+        """Leave as the signal asks, after the run was saved."""
+        if self.main:
+            _tell(f"{signal.Signals(caught).name}: saved after step {self.step}; the same command goes on from there.")
+        if caught == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + caught)
 
     def _step(self, fraction: float) -> tuple[Tensor | None, float]:
         """One optimizer step; returns the gradient norm and the learning rate."""
@@ -381,10 +326,10 @@ class _Run:
             mine = rows[first : first + self.part_size]
             where = (self.config.seed, self.step, accelerator.process_index, part)
             x_0, classes = self._batch(self.train_data, mine, where, t.class_dropout, t.flip)
-            torch.manual_seed(mix(_DROPOUT, *where))
+            torch.manual_seed(mix(DROPOUT, *where))
             last = part == t.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.objective):
-                loss = self.objective(x_0, classes, generator(_NOISE, *where)).mean() / t.accumulation
+                loss = self.objective(x_0, classes, generator(NOISE, *where)).mean() / t.accumulation
                 accelerator.backward(loss)
             self.loss_sum += loss.detach().double()
         self.loss_count += 1
@@ -404,11 +349,11 @@ class _Run:
         spec: DataSpec = self.data.spec
         device = self.accelerator.device
         data = split.data[rows.to(split.data.device)].to(device)
-        rng = generator(_CLASSES, *where)
+        rng = generator(CLASSES, *where)
         u = torch.rand(data.shape, generator=rng).to(device) if spec.levels is not None else None
         x_0 = spec.encode(data, u)
         if flip:
-            mirrored = (torch.rand(len(rows), generator=generator(_FLIP, *where)) < 0.5).to(device)
+            mirrored = (torch.rand(len(rows), generator=generator(FLIP, *where)) < 0.5).to(device)
             x_0 = torch.where(mirrored.reshape(-1, *[1] * (x_0.ndim - 1)), x_0.flip(-1), x_0)
         if split.labels is None or not spec.num_classes:
             return x_0, None
@@ -423,10 +368,8 @@ class _Run:
         self.loss_sum.zero_()
         self.loss_count = 0
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"The loss is {loss} between steps {self.step - self.section.log_every + 1} and {self.step}. Lower "
-                "training.learning_rate or training.clip, and resume from the last checkpoint."
-            )
+            first = self.step - self.section.log_every + 1
+            raise TrainingError(_DIVERGED.format(loss=loss, first=first, last=self.step))
         values = {"loss": loss, "learning_rate": rate, "seconds": self.seconds}
         if norm is not None:
             values["gradient_norm"] = float(norm)
@@ -447,22 +390,27 @@ class _Run:
             for start in range(0, n, 256):
                 rows = torch.arange(start, min(start + 256, n))
                 where = (self.config.seed, start)
-                x_0, classes = self._batch(self.held_out, rows, (_EVAL, *where), 0.0)
-                total += float(objective(x_0, classes, generator(_EVAL, _NOISE, *where)).double().sum())
+                x_0, classes = self._batch(self.held_out, rows, (EVAL, *where), 0.0)
+                total += float(objective(x_0, classes, generator(EVAL, NOISE, *where)).double().sum())
         self.metrics.scalars(self.step, held_out_loss=total / n)
 
     def _sample(self) -> None:
         spec = self.data.spec
         if self.metrics is None or picture(torch.zeros(1, *spec.shape), spec) is None:
             return
-        with self.ema.applied():
-            image = picture(self.sampler(self.model.eval(), self.config), spec)
-        if image is not None:
-            save_png(image, self.workdir / "samples" / f"step_{self.step:08d}.png")
-            self.metrics.image(self.step, "samples", image)
+        try:
+            with self.ema.applied():
+                image = picture(self.sampler(self.model.eval(), self.config), spec)
+            if image is not None:
+                save_png(image, self.workdir / "samples" / f"step_{self.step:08d}.png")
+                self.metrics.image(self.step, "samples", image)
+        except Exception as error:  # whatever the sampler, the disk or a picture library say: the run goes on
+            _tell(f"No picture of the samples after step {self.step}: {one_line(error)}")
 
     def _save(self) -> None:
-        self.accelerator.wait_for_everyone()
+        loss_sum = float(self.accelerator.reduce(self.loss_sum, "mean"))
+        if not math.isfinite(loss_sum):
+            raise TrainingError(_DIVERGED.format(loss=loss_sum, first=self.step - self.loss_count + 1, last=self.step))
         if self.main:
             scaler = self.accelerator.scaler
             tensors = {
@@ -474,13 +422,18 @@ class _Run:
                 "config": configs.to_dict(self.config),
                 "ema_updates": self.ema.updates,
                 "seconds": self.seconds,
-                "loss_sum": float(self.loss_sum),
+                "loss_sum": loss_sum,
                 "loss_count": self.loss_count,
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "processes": self.accelerator.num_processes,
             }
             save_checkpoint(self.root, self.step, tensors, state, self.model.config(), self.section.keep)
         self.saved = self.step
+
+
+def _tell(text: str) -> None:
+    """A line for whoever watches, between those of the progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def _due(step: int, every: int) -> bool:

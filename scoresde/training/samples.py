@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ml_collections import ConfigDict
@@ -14,7 +16,11 @@ from tqdm.auto import tqdm
 
 from scoresde.config import ConfigError, make_grid, make_solver
 from scoresde.score_model import ScoreModel
-from sde_lib import Chain
+from scoresde.storage.files import one_line
+from sde_lib import Chain, GaussianMixture, Law, ReverseSDE
+
+if TYPE_CHECKING:
+    from solvers import Solution
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,22 +58,14 @@ def draw_samples(
         ConfigError: for settings that do not fit each other or the model.
     """
     from scoresde.guidance import ClassifierFreeGuidance
-    from solvers import sample
-
     spec, s = model.data_spec, config.sampling
     if spec is None:
         raise ConfigError("This model has no data specification, so its samples have no shape.")
     n = s.n if n is None else n
-    if n < 1 or s.batch_size < 1:
-        raise ConfigError(f"sampling.n and sampling.batch_size must be >= 1, got {n} and {s.batch_size}.")
+    _check_counts(config, n)
     labels = _labels(class_label, n, spec.num_classes)
     if labels is None and s.guidance != 1.0:
         raise ConfigError(f"Guidance {s.guidance} needs a class to guide to; give one, or leave guidance at 1.")
-    solver = make_solver(config)
-    grid = None if isinstance(model.law, Chain) else make_grid(config)  # a chain has levels of its own
-    budget: dict[str, Any] = {"nfe": s.nfe} if s.nfe is not None else {"steps": s.steps}
-    if solver.adaptive:
-        budget = {}
     drawn, calls, started = [], [], time.perf_counter()
     disable = None if progress is None else not progress
     starts = range(0, n, s.batch_size)
@@ -78,22 +76,47 @@ def draw_samples(
             rev = model.reverse({"class_label": labels[rows.start : rows.stop].to(model.device)})
             if s.guidance != 1.0:
                 rev = ClassifierFreeGuidance(rev, s.guidance)
-        try:
-            solution = sample(
-                rev,
-                (len(rows), *spec.shape),
-                solver,
-                grid=grid,
-                end=s.end,
-                rng=[s.seed * 2**32 + i for i in rows],
-                device=model.device,
-                **budget,
-            )
-        except (TypeError, ValueError) as error:
-            raise ConfigError(str(error)) from error
+        solution = _solved(rev, (len(rows), *spec.shape), config, rows, model.device)
         drawn.append(spec.decode(solution.x).cpu())
         calls.append(solution.nfe)
     return Samples(torch.cat(drawn), torch.cat(calls), time.perf_counter() - started)
+
+
+def check_sampling(config: ConfigDict, law: Law) -> None:
+    """Raise a `ConfigError` unless samples can be drawn as the `sampling` section asks.
+
+    Whatever the solver, the grid, the budget and `sampling.end` refuse, they refuse of a single number under an exact
+    score, too: so one is drawn, in milliseconds.
+    """
+    _check_counts(config, config.sampling.n)
+    if not math.isfinite(config.sampling.guidance):
+        raise ConfigError(f"sampling.guidance must be finite, got {config.sampling.guidance}.")
+    _solved(GaussianMixture([[0.0]], std=0.5).reverse(law), (1, 1), config, range(1), torch.device("cpu"))
+
+
+def _check_counts(config: ConfigDict, n: int) -> None:
+    if n < 1 or config.sampling.batch_size < 1:
+        raise ConfigError(
+            f"sampling.n and sampling.batch_size must be >= 1, got {n} and {config.sampling.batch_size}."
+        )
+
+
+def _solved(
+    rev: ReverseSDE, shape: tuple[int, ...], config: ConfigDict, rows: Iterable[int], device: torch.device
+) -> Solution:
+    from solvers import sample
+
+    s = config.sampling
+    solver = make_solver(config)
+    grid = None if isinstance(rev.law, Chain) else make_grid(config)  # a chain has levels of its own
+    budget: dict[str, Any] = {"nfe": s.nfe} if s.nfe is not None else {"steps": s.steps}
+    if solver.adaptive:
+        budget = {}
+    seeds = [s.seed * 2**32 + i for i in rows]
+    try:
+        return sample(rev, shape, solver, grid=grid, end=s.end, rng=seeds, device=device, **budget)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ConfigError(f"sampling: {one_line(error)}") from error
 
 
 def _labels(class_label: Tensor | int | None, n: int, num_classes: int) -> Tensor | None:

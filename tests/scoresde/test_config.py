@@ -68,7 +68,7 @@ def test_every_shipped_configuration_builds(name):
     data = configs.make_data(config)
     model = configs.make_model(config, data.spec)
     configs.make_solver(config)
-    from scoresde.training.loop import check
+    from scoresde.training.settings import check
 
     check(config)
     assert model.data_spec == data.spec

@@ -14,7 +14,8 @@ from scoresde import config as configs
 from scoresde.config import ConfigError
 from scoresde.storage import latest, load_model, read_checkpoint
 from scoresde.training import TrainingError, draw_samples, read_metrics, train
-from scoresde.training.loop import DECAYS, Order, generator, learning_rate, mix
+from scoresde.training.settings import DECAYS, learning_rate
+from scoresde.training.streams import Order, generator, mix
 from sde_lib import SDES
 
 TINY = [
