@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -116,20 +118,34 @@ def _from_run(p: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, 2 for a mistake of the user, 130 when interrupted."""
+    """Entry point. Returns the exit code: 0, 2 for a mistake of the user, 1 for what should not happen, 130 after
+    Ctrl-C; training that was ended by another signal exits with 128 + its number."""
     arguments, rest = parser().parse_known_args(argv)
+    named = f"scoresde {arguments.command}"
     try:
+        if _processes() > 1 and arguments.command not in ("train", "likelihood"):
+            raise ValueError("this command runs in one process: start it without torchrun.")
         arguments.run(arguments, _joined(rest))
     except KeyboardInterrupt:
-        print(f"scoresde {arguments.command}: interrupted", file=sys.stderr)
+        print(f"{named}: interrupted", file=sys.stderr)
         return 130
-    except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
-        # what the library raises for bad input; --traceback shows where, should it be a defect after all
+    except Exception as error:
         if arguments.traceback:
             raise
-        print(f"scoresde {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        text = " ".join(str(error).split())
+        # what the library raises for bad input
+        if isinstance(error, ArithmeticError | ImportError | OSError | TypeError | ValueError):
+            print(f"{named}: error: {text}", file=sys.stderr)
+            return 2
+        print(f"{named}: {type(error).__name__}: {text[:400]} (`scoresde --traceback` shows where)", file=sys.stderr)
+        return 1
     return 0
+
+
+def _processes() -> int:
+    """How many processes torchrun started, 1 without it."""
+    count = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
+    return int(count) if count.isdigit() else 1
 
 
 def _joined(rest: list[str]) -> list[str]:
@@ -167,19 +183,12 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> tuple[ConfigDic
         settings = config.load(arguments.config, overrides)
     else:
         settings = config.override(config.restore(saved) if saved else config.defaults(), overrides)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return settings, load_model(file, device=_usable(device)), file
-
-
-def _usable(device: str) -> str:
-    """A device that is there."""
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (AssertionError, RuntimeError) as error:  # torch's words for one that is not
-        raise ValueError(f"Cannot use device {device!r}: {error}") from error
-    return device
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # one for every process that torchrun starts
+    device = arguments.device or (own if torch.cuda.is_available() else "cpu")
+    model = load_model(file, device=device)
+    if model.data_spec is None:
+        raise ValueError(f"The model in {file} has no data specification, so its samples have no shape.")
+    return settings, model, file
 
 
 def _above(file: Path) -> list[Path]:
@@ -252,6 +261,7 @@ def _likelihood(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from scoresde import config
     from scoresde.likelihood import bits_per_dim, elbo_of_data
     from scoresde.likelihood.pictures import budget, convergence, histogram
+    from scoresde.storage.files import write_whole
     from sde_lib import Chain
 
     settings, model, _ = _run(arguments, overrides)
@@ -270,40 +280,61 @@ def _likelihood(arguments: argparse.Namespace, overrides: list[str]) -> None:
         labels = held_out.labels[:n]
     out = Path(arguments.out or Path(arguments.workdir or ".") / "likelihood")
     summary: dict[str, Any] = {}
-    written = ["likelihood.json"]
-    if not isinstance(model.law, Chain):
-        result = bits_per_dim(
-            model, data, labels=labels, path=out / "likelihood.csv", resume=not arguments.restart, **options
-        )
-        print(f"{len(data)} held-out samples: {result}")
-        summary = result.summary()
-        written += ["likelihood.csv"]
-        pictures: dict[str, Callable[[Path], object]] = {
-            "likelihood.png": lambda path: histogram(result, path),
-            "budget.png": lambda path: budget(result, path),
-        }
-        if arguments.convergence:
-            shown = data[:8]
-            condition = {} if labels is None else {"class_label": labels[:8].to(model.device)}
-            x = model.data_spec.encode(shown).to(model.device, model.dtype)
-            settled = convergence(model.reverse(condition), x, seed=options["seed"], sigma_data=model.sigma_data)
-            print(settled.table())
-            summary["convergence"] = vars(settled)
-            pictures["convergence.png"] = settled.plot
-        for name, draw in pictures.items():
-            try:
-                draw(out / name)
-            except ImportError as error:
-                print(f"{error} (for {name})", file=sys.stderr)
-            else:
-                written.append(name)
-    if arguments.elbo or isinstance(model.law, Chain):
-        bound = elbo_of_data(model, data, labels=labels, seed=options["seed"], batch_size=options["batch_size"])
-        print(f"{len(data)} held-out samples: {bound}")
-        summary["elbo"] = bound.summary()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "likelihood.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {out}: {', '.join(written)}")
+    pictures: dict[str, Callable[[Path], object]] = {}
+    with _process_group() as first:
+        if not isinstance(model.law, Chain):
+            result = bits_per_dim(
+                model, data, labels=labels, path=out / "likelihood.csv", resume=not arguments.restart, **options
+            )
+        if not first:
+            return
+        if not isinstance(model.law, Chain):
+            print(f"{len(data)} held-out samples: {result}")
+            summary = result.summary()
+            pictures["likelihood.png"] = lambda path: histogram(result, path)
+            pictures["budget.png"] = lambda path: budget(result, path)
+            if arguments.convergence:
+                condition = {} if labels is None else {"class_label": labels[:8].to(model.device)}
+                x = model.data_spec.encode(data[:8]).to(model.device, model.dtype)
+                settled = convergence(model.reverse(condition), x, seed=options["seed"], sigma_data=model.sigma_data)
+                print(settled.table())
+                summary["convergence"] = vars(settled)
+                pictures["convergence.png"] = settled.plot
+        if arguments.elbo or isinstance(model.law, Chain):
+            bound = elbo_of_data(model, data, labels=labels, seed=options["seed"], batch_size=options["batch_size"])
+            print(f"{len(data)} held-out samples: {bound}")
+            summary["elbo"] = bound.summary()
+        write_whole(out / "likelihood.json", json.dumps(summary, indent=1) + "\n")
+        written = ["likelihood.json", *(["likelihood.csv"] if pictures else []), *_drawn(pictures, out)]
+        print(f"written to {out}: {', '.join(written)}")
+
+
+@contextmanager
+def _process_group() -> Iterator[bool]:
+    """The processes that torchrun started, if it did, as one group; gives whether this is the first of them."""
+    import torch
+
+    d = torch.distributed
+    if _processes() == 1 or d.is_initialized():
+        yield not d.is_initialized() or d.get_rank() == 0
+        return
+    d.init_process_group("gloo")  # rows of figures are exchanged: they lie on the CPU
+    try:
+        yield d.get_rank() == 0
+    finally:
+        d.destroy_process_group()
+
+
+def _drawn(pictures: Mapping[str, Callable[[Path], object]], out: Path) -> list[str]:
+    """Names of the pictures that could be drawn into a folder; the others cost a line each, not the figures."""
+    written = []
+    for name, draw in pictures.items():
+        try:
+            draw(out / name)
+            written.append(name)
+        except Exception as error:
+            print(f"no {name}: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    return written
 
 
 def _compare(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -332,14 +363,8 @@ def _compare(arguments: argparse.Namespace, overrides: list[str]) -> None:
     result.to_csv(out / "compare.csv")
     result.to_json(out / "compare.json")
     print(result.table())
-    written = ["compare.csv", "compare.json"]
-    for name, picture in (("compare.png", result.plot), ("samples.png", result.sheet)):
-        try:
-            picture(out / name)
-            written.append(name)
-        except (ImportError, ValueError) as error:  # nothing that can be drawn, or nothing to draw it with
-            print(f"no {name}: {error}", file=sys.stderr)
-    print(f"{', '.join(written)} in {out}")
+    drawn = _drawn({"compare.png": result.plot, "samples.png": result.sheet}, out)
+    print(f"{', '.join(['compare.csv', 'compare.json', *drawn])} in {out}")
 
 
 def _trained(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
@@ -375,13 +400,14 @@ def _toy(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, dict
     import torch
 
     from scoresde import config
+    from scoresde.storage import usable_device
 
     if arguments.config is None:
         raise ValueError("Give a trained model (--workdir or --checkpoint), or --config of a toy with a known density.")
     if arguments.class_label is not None or arguments.guidance is not None:
         raise ValueError("--class and --guidance are for trained models (--workdir or --checkpoint).")
     problem, shape, draw = config.make_exact(config.load(arguments.config, overrides))
-    device = _usable(arguments.device or "cpu")
+    device = usable_device(arguments.device or "cpu")
     return problem, {"shape": shape, "samples": draw, "dtype": torch.float64, "device": device}
 
 

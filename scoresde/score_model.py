@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from scoresde.losses import chain_loss, continuous_loss
 from sde_lib import NOISE_LEVELS, PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Prediction, ReverseSDE, build, lookup
 from sde_lib import _math as m
+from sde_lib._checks import check_positive
 from sde_lib._math import Real
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class ScoreModel(nn.Module):
     ) -> None:
         super().__init__()
         kind = lookup(PARAMETERIZATIONS, parameterization, "parameterization")
+        check_positive("sigma_data", sigma_data)
         self._label = lookup(LABELS, label, "label")
         if input_scaling not in ("unit", "none"):
             raise ValueError(f'`input_scaling` must be "unit" or "none", got {input_scaling!r}.')

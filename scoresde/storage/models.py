@@ -162,12 +162,11 @@ def find_model(path: str | Path, ema: bool = True) -> Path:
     newest = latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if newest is not None:
         return newest / name
-    if any((path / file).is_file() for file in ("model_index.json", "unet/config.json", "config.json")) and not (
-        path / "metrics.jsonl"
-    ).is_file():
+    theirs = (path / file for file in ("model_index.json", "unet/config.json", "config.json"))
+    if any(file.is_file() and b'"_class_name"' in file.read_bytes() for file in theirs):
         raise FileNotFoundError(
-            f"{path} holds no checkpoint of this library, but a config.json as diffusers writes it: convert it once, "
-            f"scoresde convert {path} {path.name}.safetensors, or use scoresde.load_pretrained."
+            f"{path} holds a checkpoint of diffusers, not of this library: convert it once, scoresde convert {path} "
+            f"{path.name}.safetensors, or use scoresde.load_pretrained."
         )
     raise FileNotFoundError(f"No checkpoint in {path}: train first, or name a checkpoint folder or file.")
 

@@ -165,6 +165,8 @@ class _Run:
             )
         self.part_size = self.section.batch_size // parts
         self.data = configs.make_data(config)
+        if config.sampling.guidance != 1.0 and not self.data.spec.num_classes:
+            raise ConfigError(f"sampling.guidance={config.sampling.guidance} needs data with classes; 1 is none.")
         torch.manual_seed(mix(config.seed))
         self.model = configs.make_model(config, self.data.spec)
         self._check_loss()

@@ -86,7 +86,7 @@ def check_sampling(config: ConfigDict, law: Law) -> None:
     """Raise a `ConfigError` unless samples can be drawn as the `sampling` section asks.
 
     Whatever the solver, the grid, the budget and `sampling.end` refuse, they refuse of a single number under an exact
-    score, too: so one is drawn, in milliseconds.
+    score, too: so one is drawn.
     """
     _check_counts(config, config.sampling.n)
     if not math.isfinite(config.sampling.guidance):

@@ -152,14 +152,20 @@ def test_bad_weights_and_existing_steps_are_refused(tmp_path):
         broken.network.inlet.bias[0] = float("nan")
     with pytest.raises(ValueError, match=r"network\.inlet\.bias.*NaN"):
         save(tmp_path, 6, broken)
+    with pytest.raises(ValueError, match=r"Optimizer state 'a\|exp_avg_sq'.*infinite"):
+        endless = {**tensors(model()), "optimizer": {"a|exp_avg_sq": torch.tensor([1.0, float("inf")])}}
+        save_checkpoint(tmp_path, 6, endless, {}, model().config())
     with pytest.raises(ValueError, match="keep"):
         save(tmp_path, 6, keep=0)
     assert latest(tmp_path) == good and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "json", "format"])
+DAMAGES = ("truncate", "flip", "remove", "exchange", "json", "digit", "list", "bomb", "format")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_named(tmp_path, damage):
-    path = save(tmp_path, 5)
+    path = save(tmp_path, 5, seconds=12.5)
     file = path / "model.safetensors"
     content = file.read_bytes()
     if damage == "truncate":
@@ -168,11 +174,26 @@ def test_damaged_checkpoints_are_named(tmp_path, damage):
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif damage == "remove":
         file.unlink()
+    elif damage == "exchange":  # a whole file, of another step
+        shutil.copy(save(tmp_path / "other", 5, model(32)) / file.name, file)
     else:
         state = (path / "state.json").read_text()
-        (path / "state.json").write_text(state[:50] if damage == "json" else state.replace("scoresde-2", "scoresde-1"))
-    with pytest.raises(CheckpointError, match=r"truncated|changed|lacks|damaged|format 'scoresde-1'"):
+        changed = {
+            "json": state[:50],
+            "digit": state.replace('"seconds": 12.5', '"seconds": 13.5'),
+            "list": "[1, 2]",
+            "bomb": "[" * 50_000,
+            "format": state.replace("scoresde-2", "scoresde-1"),
+        }[damage]
+        assert changed != state
+        (path / "state.json").write_text(changed)
+    words = r"truncated|changed|lacks|damaged|another digest|format 'scoresde-1'"
+    with pytest.raises(CheckpointError, match=words) as caught:
         read_checkpoint(path)
+    assert "\n" not in str(caught.value)
+    if damage not in ("remove", "truncate"):  # nor is the model alone taken from it
+        with pytest.raises(CheckpointError):
+            load_model(path, ema=False)
 
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 100, -1])

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +86,24 @@ def test_likelihood_of_held_out_data(trained, tmp_path, capsys):
     assert json.loads((out / "likelihood.json").read_text())["mean"] != figures["mean"]
 
 
+@pytest.mark.slow
+def test_likelihood_under_torchrun_is_that_of_one_process(trained, tmp_path):
+    """Every row is written once, and the summary is the same."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scoresde"]
+    base = ["likelihood", f"--workdir={trained}", "--device=cpu"]
+    base += ["--config.likelihood.n=6", "--config.likelihood.batch_size=2"]  # torchrun takes --n for one of its own
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    words = [*command, *base, f"--out={tmp_path / 'two'}"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.count("6 held-out samples") == 1
+    assert main([*base, f"--out={tmp_path / 'one'}"]) == 0
+    files = [(tmp_path / n / "likelihood.csv").read_text().splitlines() for n in ("two", "one")]
+    assert [line.split(",")[0] for line in files[0]][2:] == list("012345") and files[0][:2] == files[1][:2]
+    means = [json.loads((tmp_path / n / "likelihood.json").read_text())["mean"] for n in ("two", "one")]
+    assert means[0] == pytest.approx(means[1], rel=1e-5)  # batches of another size round differently
+    assert not list((tmp_path / "two").glob("*rank*"))
+
+
 def test_likelihood_of_a_chain_is_its_bound(tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", "--config=digits_ddpm", "--workdir", str(run), *TINY[:-1]]) == 0
@@ -118,6 +138,16 @@ MISTAKES = [
     (["sample", "--workdir={run}", "--steps=x"], "invalid int"),
     (["likelihood", "--workdir={run}", "--n=100000"], "held-out"),
     (["configs", "--x"], "Unknown argument"),
+    (["train", "--config=digits_vp", "--workdir={tmp}/a", "--config.sampling.end=x"], "end"),
+    (["train", "--config=digits_vp", "--workdir={tmp}/a", "--config.training.eval_samples=0"], "eval_samples"),
+    (["train", "--config=digits_vp", "--workdir={tmp}/a", "--config.training.learning_rate=nan"], "learning_rate"),
+    (["train", "--config={bomb}", "--workdir={tmp}/a"], "nested more"),
+    (["train", "--config={file}.json", "--workdir={tmp}/a"], "No configuration file"),
+    (["sample", "--workdir={run}", "--device=cuda:77"], "device"),
+    (["sample", "--checkpoint={diffusers}"], "scoresde convert"),
+    (["likelihood", "--checkpoint={diffusers}"], "scoresde convert"),
+    (["convert", "{diffusers}", "{tmp}/x.safetensors"], "no safetensors file"),
+    (["likelihood", "--workdir={run}", "--config.likelihood.steps=nan"], "invalid literal"),
 ]
 
 
@@ -125,7 +155,11 @@ MISTAKES = [
 def test_mistakes_are_one_line_on_stderr_and_exit_code_2(trained, tmp_path, capsys, arguments, message):
     file = tmp_path / "file"
     file.write_bytes(b"not a checkpoint")
-    words = [a.format(tmp=tmp_path, run=trained, file=file) for a in arguments]
+    bomb, diffusers = tmp_path / "bomb.json", tmp_path / "theirs"
+    bomb.write_text('{"seed":' * 400 + "1" + "}" * 400)
+    diffusers.mkdir()
+    (diffusers / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    words = [a.format(tmp=tmp_path, run=trained, file=file, bomb=bomb, diffusers=diffusers) for a in arguments]
     try:
         code = main(words)
     except SystemExit as error:  # argparse's way
@@ -133,6 +167,27 @@ def test_mistakes_are_one_line_on_stderr_and_exit_code_2(trained, tmp_path, caps
     out, err = capsys.readouterr()
     assert code == 2 and out == "" and message in err
     assert err.endswith("\n") and err.count("\n") == 1 and err.startswith("scoresde")
+
+
+def test_commands_of_one_process_refuse_torchrun_and_defects_are_one_line(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["sample", f"--workdir={trained}"]) == 2 and "without torchrun" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("scoresde.training.draw_samples", lambda *a, **k: {}["what should\nnot happen"])
+    assert main(["sample", f"--workdir={trained}", f"--out={tmp_path / 'a.npy'}"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "KeyError" in error and "--traceback" in error
+
+
+def test_pictures_that_cannot_be_drawn_cost_a_line(trained, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise ValueError("nothing\nto draw")
+
+    monkeypatch.setattr("scoresde.likelihood.pictures.histogram", fails)
+    assert main(["likelihood", f"--workdir={trained}", "--device=cpu", "--n=2", f"--out={tmp_path}"]) == 0
+    out, error = capsys.readouterr()
+    assert "no likelihood.png: nothing to draw\n" in error and "likelihood.csv, budget.png" in out
 
 
 def test_configs_lists_the_shipped_ones(capsys):
