@@ -20,7 +20,9 @@ class Constants:
     """
 
     def __init__(self, *columns: Iterable[float]) -> None:
-        self.columns = tuple(torch.tensor([float(v) for v in column], dtype=torch.float64) for column in columns)
+        # on the host, under `torch.device("meta")` too
+        host: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+        self.columns = tuple(torch.tensor([float(v) for v in column], **host) for column in columns)
         self._there: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, ...]:

@@ -220,4 +220,4 @@ NO_TIME = (
 
 
 def _table(values: Any) -> Tensor:
-    return torch.tensor([float(v) for v in values], dtype=torch.float64)
+    return torch.tensor([float(v) for v in values], dtype=torch.float64, device="cpu")
