@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scoresde.losses import chain_loss, continuous_loss
 from sde_lib import NOISE_LEVELS, PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Prediction, ReverseSDE, build, lookup
 from sde_lib import _math as m
-from sde_lib._checks import check_positive
+from sde_lib._checks import check_positive, check_state, options_of
 from sde_lib._math import Real
 
 if TYPE_CHECKING:
@@ -46,13 +46,17 @@ class DataSpec:
     num_classes: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        if any(n < 1 for n in self.shape):
-            raise ValueError(f"`shape` must hold positive ints, got {self.shape}.")
-        if not (math.isfinite(self.scale) and self.scale > 0 and math.isfinite(self.shift)):
-            raise ValueError(f"`scale` must be finite and > 0 and `shift` finite, got {self.scale}, {self.shift}.")
-        if self.levels is not None and self.levels < 2:
-            raise ValueError(f"`levels` must be >= 2, or None for continuous data, got {self.levels}.")
+        shape = tuple(self.shape) if isinstance(self.shape, list | tuple) else (self.shape,)
+        if not all(isinstance(n, int) and n >= 1 for n in shape) or shape == (self.shape,):
+            raise ValueError(f"`shape` must be a tuple of positive ints, e.g. (3, 32, 32) or (2,), got {self.shape!r}.")
+        object.__setattr__(self, "shape", shape)
+        check_positive("scale", self.scale)
+        if not (isinstance(self.shift, int | float) and math.isfinite(self.shift)):
+            raise ValueError(f"`shift` must be a finite number, got {self.shift!r}.")
+        if self.levels is not None and (not isinstance(self.levels, int) or self.levels < 2):
+            raise ValueError(f"`levels` must be an int >= 2, or None for continuous data, got {self.levels!r}.")
+        if not isinstance(self.num_classes, int) or self.num_classes < 0:
+            raise ValueError(f"`num_classes` must be an int >= 0, got {self.num_classes!r}.")
 
     @classmethod
     def integers(cls, shape: tuple[int, ...], levels: int, num_classes: int = 0) -> DataSpec:
@@ -70,6 +74,8 @@ class DataSpec:
             raise TypeError(f"Data must be a tensor (torch.as_tensor), got {type(data).__name__}.")
         if tuple(data.shape[1:]) != self.shape:
             raise ValueError(f"Data must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(data.shape)}.")
+        if data.shape[0] == 0:
+            raise ValueError("Data are empty: B must be at least 1.")
         if data.is_floating_point() and not bool(torch.isfinite(data).all()):
             raise ValueError("Data contain NaN or infinite values.")
         if self.levels is not None:
@@ -78,6 +84,20 @@ class DataSpec:
             low, high = int(data.min()), int(data.max())
             if low < 0 or high >= self.levels:
                 raise ValueError(f"Data must be integers 0 … {self.levels - 1}, got values from {low} to {high}.")
+
+    def check_classes(self, labels: Any) -> None:
+        """Raise unless `labels` are classes: an integer tensor, 0 … num_classes (the last stands for no class)."""
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"Class labels must be an int64 tensor (B,), e.g. torch.tensor([0, 3]), got {kind}.")
+        if labels.numel() == 0:
+            raise ValueError("Class labels are empty: there must be one per sample.")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high > self.num_classes:
+            raise ValueError(
+                f"Class labels must be in 0 … {self.num_classes - 1} ({self.num_classes} stands for none), got values "
+                f"from {low} to {high}."
+            )
 
     def encode(self, data: Tensor, u: Tensor | float | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Data units to model units. `u` dequantizes integer data; 1/2 (the middle of the bin) if None."""
@@ -131,8 +151,14 @@ class ScoreModel(nn.Module):
         label_levels: int = 0,
     ) -> None:
         super().__init__()
-        kind = lookup(PARAMETERIZATIONS, parameterization, "parameterization")
+        if not callable(network):
+            raise TypeError(f"`network` must be a torch.nn.Module, got {type(network).__name__}.")
+        if not isinstance(law, SDE | Chain):
+            raise TypeError(f"`law` must be an SDE such as VPSDE() or a chain of one, got {law!r}.")
+        if data_spec is not None and not isinstance(data_spec, DataSpec):
+            raise TypeError(f"`data_spec` must be a DataSpec, e.g. DataSpec((2,)), got {data_spec!r}.")
         check_positive("sigma_data", sigma_data)
+        kind = lookup(PARAMETERIZATIONS, parameterization, "parameterization")
         self._label = lookup(LABELS, label, "label")
         if input_scaling not in ("unit", "none"):
             raise ValueError(f'`input_scaling` must be "unit" or "none", got {input_scaling!r}.')
@@ -147,9 +173,21 @@ class ScoreModel(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ScoreModel:
         """Build from a JSON-able dict: sections `network`, `sde` (``{"name": …, <name>: {options}}``), `levels` (0, or
-        the number of levels of a chain), `data_spec`, and the remaining constructor arguments."""
+        the number of levels of a chain), `data_spec`, and the remaining constructor arguments.
+
+        Raises:
+            ValueError: for a section that is missing, an unknown name, or an option that does not exist.
+        """
         from scoresde.networks import NETWORKS
 
+        if not isinstance(config, Mapping):
+            raise TypeError(f"`config` must be a mapping, got {type(config).__name__}.")
+        missing = [name for name in ("network", "sde") if name not in config]
+        known = {"network", "sde", "levels", "data_spec", *options_of(cls)} - {"law", "config"}
+        unknown = [name for name in config if name not in known]
+        if missing or unknown:
+            wrong = f"lacks {', '.join(missing)}" if missing else f"has no entry {unknown[0]!r}"
+            raise ValueError(f"The configuration of a score model {wrong}; its entries: {', '.join(sorted(known))}.")
         rest = dict(config)
         network = build(NETWORKS, rest.pop("network"), "network")
         sde = build(SDES, rest.pop("sde"), "sde")
@@ -274,8 +312,10 @@ class ScoreModel(nn.Module):
         Raises:
             ValueError: for data that do not fit the `data_spec`, or options that do not fit together.
         """
+        self.check_condition(options.get("condition"))
         dtype = torch.promote_types(self.dtype, torch.float32)  # the loss is not computed in half precision
         if self.data_spec is None:
+            check_state("data", data)
             x_0 = data.to(self.device, dtype)
         else:
             self.data_spec.check(data)
@@ -290,9 +330,26 @@ class ScoreModel(nn.Module):
 
         Args:
             condition: keyword arguments of the network, batch first, e.g. ``{"class_label": labels}``.
+
+        Raises:
+            TypeError, ValueError: for class labels that are none of the `data_spec`'s.
         """
+        self.check_condition(condition)
         self.eval()
-        return ReverseSDE(self.law, self.raw, self.parameterization, condition)
+        return _ModelReverse(self, condition)
+
+    def check_condition(self, condition: Mapping[str, Any] | None) -> None:
+        """Raise unless `condition` is a mapping, or None, and its class labels are classes of the `data_spec`."""
+        if condition is None:
+            return
+        if not isinstance(condition, Mapping):
+            raise TypeError(
+                f"`condition` must be a mapping of the network's arguments, e.g. {{\"class_label\": labels}}, got "
+                f"{type(condition).__name__}."
+            )
+        labels = condition.get("class_label")
+        if labels is not None and self.data_spec is not None and self.data_spec.num_classes:
+            self.data_spec.check_classes(labels)
 
     def sample(self, n: int, solver: Solver | str, **options: Any) -> Tensor:
         """n samples in data units; `options` go to `solvers.sample` (steps, nfe, grid, end, rng, condition, …).
@@ -306,9 +363,29 @@ class ScoreModel(nn.Module):
 
         if self.data_spec is None:
             raise ValueError("This model has no data_spec, so its samples have no shape: use solvers.sample.")
+        if "device" in options:
+            raise ValueError("A model samples where its weights are: move it, model.to(device), instead of `device`.")
         shape = (n, *self.data_spec.shape)
-        solution = sample(self.reverse(), shape, solver, device=self.device, **options)
+        rev = self.reverse(options.pop("condition", None))
+        solution = sample(rev, shape, solver, device=self.device, **options)
         return self.data_spec.decode(solution.x)
+
+
+class _ModelReverse(ReverseSDE):
+    """The reverse of a model: conditions that are given later are looked at, too.
+
+    Those on an accelerator are not, since guidance gives its own at every call, and a look would wait for the device.
+    """
+
+    def __init__(self, model: ScoreModel, condition: Mapping[str, Any] | None) -> None:
+        super().__init__(model.law, model.raw, model.parameterization, condition)
+        self._model = model
+
+    def given(self, **condition: Any) -> Self:
+        labels = condition.get("class_label")
+        if not torch.compiler.is_compiling() and not (isinstance(labels, Tensor) and labels.device.type != "cpu"):
+            self._model.check_condition(condition)
+        return super().given(**condition)
 
 
 def _traced(t: Any) -> bool:

@@ -117,7 +117,8 @@ class Chain(Law):
         if isinstance(index, Tensor) and index.ndim:
             if index.is_floating_point():
                 raise TypeError("A chain is indexed by level (int64 tensor), got floating-point times.")
-            if index.device.type == "cpu" and not (0 <= int(index.min()) and int(index.max()) < self.n):
+            looked = index.device.type == "cpu" and not torch.compiler.is_compiling()
+            if looked and not (0 <= int(index.min()) and int(index.max()) < self.n):
                 raise ValueError(f"Levels must be in 0..{self.n - 1}, got {int(index.min())} to {int(index.max())}.")
             shape = (-1, *[1] * (ndim - 1))
             t, alpha, sigma, lam = (table[index].reshape(shape) for table in self._constants.on(index.device))

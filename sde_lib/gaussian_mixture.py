@@ -108,12 +108,11 @@ class GaussianMixture:
 
     def reverse(self, law: Law) -> ReverseSDE:
         """The exact reverse of an SDE or chain on this data; a v prediction, well conditioned at both ends."""
+        return ReverseSDE(law, self._v, VPrediction())
 
-        def v(x: Tensor, knot: Knot) -> Tensor:
-            data, noise = self._moments(x, knot)
-            return _like(knot.alpha, x) * noise - _like(knot.sigma, x) * data
-
-        return ReverseSDE(law, v, VPrediction())
+    def _v(self, x: Tensor, knot: Knot) -> Tensor:
+        data, noise = self._moments(x, knot)
+        return _like(knot.alpha, x) * noise - _like(knot.sigma, x) * data
 
     def _moments(self, x: Tensor, knot: Knot) -> tuple[Tensor, Tensor]:
         """E[x_0 | x] and E[eps | x], each the shape of x."""

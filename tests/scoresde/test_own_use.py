@@ -1,10 +1,13 @@
-"""A model in the user's own code: a training loop, export."""
+"""A model in the user's own code: a training loop, pickling, export; class labels."""
+
+import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from scoresde import MLP, VPSDE, DataSpec, ScoreModel, chain_loss, continuous_loss
+from scoresde import MLP, VPSDE, DataSpec, GaussianMixture, ScoreModel, chain_loss, continuous_loss, sample
 
 
 class Zero(nn.Module):
@@ -56,6 +59,21 @@ def mlp(law):
     return ScoreModel(network, law, "v", data_spec=DataSpec((2,))).eval()
 
 
+@pytest.mark.parametrize("law", LAWS, ids=["sde", "chain"])
+def test_models_and_their_reverses_pickle(law):
+    model = mlp(law)
+    t = 7 if law is LAWS[1] else 0.3
+    x = torch.randn(4, 2)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        torch.testing.assert_close(again(x, t).data, model(x, t).data)
+        assert again.network is not model.network
+    again = pickle.loads(pickle.dumps(model.reverse({"class_label": None})))
+    torch.testing.assert_close(again(x, t).data, model(x, t).data)
+    of_a_mixture = GaussianMixture([[-1.0, 0.3], [0.8, -0.5]], std=0.2).reverse(law)
+    again = pickle.loads(pickle.dumps(of_a_mixture))
+    torch.testing.assert_close(again(x, t).score, of_a_mixture(x, t).score)
+
+
 class Denoiser(nn.Module):
     """E[x_0 | x_t] as a module of tensors."""
 
@@ -67,7 +85,7 @@ class Denoiser(nn.Module):
         return self.model(x, t).data
 
 
-@pytest.mark.parametrize("law", LAWS[:1], ids=["sde"])
+@pytest.mark.parametrize("law", LAWS, ids=["sde", "chain"])
 def test_a_denoiser_is_exported(law):
     """A graph of torch's operators alone, for any batch size, that answers as the model does."""
     module = Denoiser(mlp(law))
@@ -76,3 +94,29 @@ def test_a_denoiser_is_exported(law):
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(module, (x, t), dynamic_shapes=({0: batch}, {0: batch}))
     torch.testing.assert_close(program.module()(x[:3], t[:3]), module(x[:3], t[:3]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "words"),
+    [
+        (torch.tensor([0, 1, 99]), ValueError, r"0 … 2 \(3 stands for none\), got values from 0 to 99"),
+        (torch.tensor([0, -1, 2]), ValueError, "from -1 to 2"),
+        (torch.tensor([0.0, 1.0, 2.0]), TypeError, "int64"),
+        ([0, 1, 2], TypeError, "torch.tensor"),
+        (1, TypeError, "int64"),
+    ],
+)
+def test_classes_that_are_none_are_refused(labels, error, words):
+    """At every door: reverse, given, sample, and the loss."""
+    model = ScoreModel(MLP((2,), 3, width=8, depth=1), VPSDE(), data_spec=DataSpec((2,), num_classes=3))
+    condition = {"class_label": labels}
+    for door in (
+        lambda: model.reverse(condition),
+        lambda: model.reverse().given(**condition),
+        lambda: sample(model.reverse(), (3, 2), "ddim", steps=2, condition=condition),
+        lambda: model.sample(3, "ddim", steps=2, condition=condition),
+        lambda: model.loss(torch.zeros(3, 2), condition=condition),
+    ):
+        with pytest.raises(error, match=words):
+            door()
+    model.sample(3, "ddim", steps=2, condition={"class_label": torch.tensor([0, 2, 3])})  # 3 is none
