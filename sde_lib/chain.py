@@ -40,7 +40,7 @@ class Chain(Law):
         alpha: signal scales.
         sigma: noise scales.
         prior_std: standard deviation of the prior at the last level.
-        sde: the SDE whose exact marginals the levels are, if any.
+        sde: an SDE that passes through the levels, for `continuous`.
     """
 
     has_time: ClassVar[bool] = False
@@ -179,25 +179,21 @@ class Chain(Law):
     def continuous(self) -> SDE:
         """The SDE that passes through the levels, for likelihoods and adaptive solvers.
 
-        The SDE itself where the levels are exact marginals of one (``sde.discretize(n)``; VE's always are), else the VP
-        SDE through `alphas_cumprod` (`TabulatedSDE`; DDPM's chain, whose betas are no marginals of the linear
-        schedule). A network of indices is called with `index_at` there:
+        The SDE itself where the levels are exact marginals of one (``sde.discretize(n)``, VE's among them); for DDPM's
+        chain, whose betas are no marginals of the linear schedule, the VP SDE through `alphas_cumprod`
+        (`TabulatedSDE`). A network of indices is called with `index_at` there:
 
             chain.continuous().reverse(noise=network, noise_level=chain.index_at)
 
         Raises:
-            ValueError: for a chain that is neither.
+            ValueError: for a chain that was made without one.
         """
-        from sde_lib.tabulated import TabulatedSDE  # an SDE, which knows of chains
-
-        if self._sde is not None:
-            return self._sde
-        if float((self.alpha.square() + self.sigma.square() - 1.0).abs().max()) > 1e-9:
+        if self._sde is None:
             raise ValueError(
-                "Only a variance-preserving chain (alpha^2 + sigma^2 = 1), or one made by sde.discretize(n), is "
-                "continued between its levels."
+                "This chain does not know an SDE through its levels: make it by sde.discretize(n), or hand one over as "
+                "Chain(…, sde=TabulatedSDE(alphas_cumprod))."
             )
-        return TabulatedSDE(self.alphas_cumprod)
+        return self._sde
 
     def index_at(self, knot: Knot) -> Any:
         """The index of a knot of the `continuous` law, a real number: linear in time between the levels."""

@@ -112,7 +112,8 @@ class Wrapper(ReverseSDE):
         super().__init__(inner.law, inner.network, inner.parameterization, inner.condition)
         self.inner = inner
         self.nfe_per_call = inner.nfe_per_call
-        if "describes" not in type(self).__dict__:
+        stated = next(cls for cls in type(self).__mro__ if "describes" in cls.__dict__)
+        if stated is Reverse:  # no class between says otherwise: what the inner one is a model of
             self.describes = inner.describes
 
     def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:

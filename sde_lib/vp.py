@@ -8,6 +8,7 @@ from sde_lib._checks import check_ordered, check_positive
 from sde_lib._math import Real
 from sde_lib.chain import Chain
 from sde_lib.sde import SDE
+from sde_lib.tabulated import TabulatedSDE
 
 
 @dataclass(frozen=True)
@@ -100,4 +101,5 @@ class VPSDE(LinearBeta, SDE):
             [math.exp(a) for a in log_alpha],
             [math.exp(s) for s in log_sigma],
             self.prior_std,
+            TabulatedSDE([math.exp(2.0 * a) for a in log_alpha]),
         )
