@@ -14,12 +14,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from scoresde.config import make_data, make_law
+from scoresde.figures import LINES, image_rows, panels, plain_ticks, require_matplotlib
 from scoresde.guidance import ClassifierFreeGuidance, inpaint
 from scoresde.likelihood import bits_per_dim
 from scoresde.metrics import energy_distance, gaussian_bits_per_dim, sliced_wasserstein
@@ -43,6 +45,10 @@ from solvers import (
     sample,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 SHOWN = 16
 """Samples per row of the picture."""
 
@@ -58,7 +64,7 @@ ROWS: Sequence[tuple[str, Solver, dict[str, Any]]] = (
     ),
     ("Heun", Heun(), {"steps": 18, "grid": Karras()}),
     ("DDIM", DDIM(), {"steps": 36, "grid": UniformHalfLogSNR()}),
-    ("recommended, 18 calls", Recommended(), {"nfe": 18, "grid": Blended()}),
+    ("recommended", Recommended(), {"nfe": 18, "grid": Blended()}),
     ("adaptive ODE", AdaptiveRungeKutta(rtol=1e-3, atol=1e-3), {}),
 )
 """What the table compares: name, solver, and how it is run."""
@@ -76,18 +82,23 @@ class Row:
 
 
 def main(workdir: Path, config: ConfigDict) -> dict[str, Any]:
-    """Run the whole demo and return its summary."""
-    plt = _pyplot()
+    """Run the whole demo and return its summary.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: for data or a forward law that the demo cannot show, before anything is trained.
+    """
+    require_matplotlib()
+    _check(make_data(config).spec, make_law(config))
     result = train(config, workdir)
     if config.training.max_seconds and result.step < FEW_STEPS:
         print(
-            f"Only {result.step} steps fitted into {config.training.max_seconds:.0f} s; two idle cores did 1350: "
-            "the figures below are of a half-trained model. Raise --config.training.max_seconds or free the machine."
+            f"Only {result.step} training steps fitted into {config.training.max_seconds:.0f} s, where two idle cores "
+            "make 1350, so that the figures below are those of a half-trained model. Raise "
+            "--config.training.max_seconds, or let nothing else run on this machine."
         )
     model, data = result.model, result.data
     spec = data.spec
-    if len(spec.shape) != 3 or spec.levels is None:
-        raise ValueError(f"The demo needs images with integer grey levels, got data of shape {spec.shape}.")
     held_out, training = data.held_out.data, data.train.data
     n = len(held_out)
 
@@ -100,11 +111,11 @@ def main(workdir: Path, config: ConfigDict) -> dict[str, Any]:
         drawn = spec.decode(solution.x).cpu()
         nfe = float(solution.nfe.double().mean())
         rows.append(Row(name, nfe, seconds, *_distances(drawn, held_out)))
-        pictures[f"{name}\n{nfe:.0f} calls"] = drawn[:SHOWN]
+        pictures[f"{name}, {nfe:.0f}"] = drawn[:SHOWN]
     generator = torch.Generator().manual_seed(config.seed)
     subset = training[torch.randperm(len(training), generator=generator)[:n]]
     rows.append(Row("training digits (floor)", 0.0, 0.0, *_distances(subset, held_out)))
-    pictures["held-out\ndigits"] = held_out[:SHOWN]
+    pictures["held-out digits"] = held_out[:SHOWN]
     table = _table(rows)
     print(table)
 
@@ -112,9 +123,10 @@ def main(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     gaussian, gaussian_error = gaussian_bits_per_dim(training, held_out, spec)
     print(f"held-out bits/dim: {scores}")
     causes = ", ".join(f"{name.replace('_', ' ')} {value:.1e}" for name, value in scores.systematic.items())
-    print(f"of this, what does not average out: {causes}")
-    print(f"full-covariance Gaussian: {gaussian:.4f} +- {gaussian_error:.4f} bits/dim")
-    print(f"better than the Gaussian by {gaussian - scores.mean:.4f} bits/dim")
+    print(f"errors that more held-out digits would not reduce, in bits/dim: {causes}")
+    print(f"a Gaussian with the mean and covariance of the training digits: {gaussian:.4f} +- {gaussian_error:.4f}")
+    gain = gaussian - scores.mean
+    print(f"the model is {abs(gain):.4f} bits/dim {'better' if gain > 0 else 'worse'} than this Gaussian")
 
     with (workdir / "solvers.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
@@ -134,15 +146,30 @@ def main(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     }
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
-    high = spec.levels - 1
-    _grid(plt, workdir / "samples.png", pictures, high)
-    _grid(plt, workdir / "forward.png", _forward(model, spec, held_out[:SHOWN], config.seed), high)
-    if spec.num_classes:
-        _grid(plt, workdir / "classes.png", _classes(model, spec, config.seed), high)
-    _grid(plt, workdir / "inpainting.png", _inpainting(model, spec, held_out[:SHOWN], config.seed), high)
-    _curve(plt, workdir / "training.png", workdir / "metrics.jsonl")
+    _pictures(model, spec, pictures, held_out[:SHOWN], config.seed, workdir)
+    _curve(workdir / "metrics.jsonl", path=workdir / "training.png")
     print(f"pictures, table and summary in {workdir}")
     return summary
+
+
+def _check(spec: DataSpec | None, law: Any) -> None:
+    if spec is None or len(spec.shape) != 3 or spec.levels is None:
+        shape = "unknown shape" if spec is None else f"shape {spec.shape}"
+        raise ValueError(f"The demo shows images with integer grey levels; this configuration has data of {shape}.")
+    if isinstance(law, Chain):
+        raise ValueError("The demo computes exact likelihoods and needs continuous time: choose an SDE without levels.")
+
+
+def _pictures(
+    model: ScoreModel, spec: DataSpec, drawn: dict[str, Tensor], held_out: Tensor, seed: int, workdir: Path
+) -> None:
+    assert spec.levels is not None
+    high = spec.levels - 1.0
+    image_rows(drawn, 0.0, high, "solver, network calls", path=workdir / "samples.png")
+    image_rows(_forward(model, spec, held_out, seed), 0.0, high, "time t", path=workdir / "forward.png")
+    if spec.num_classes:
+        image_rows(_classes(model, spec, seed), 0.0, high, "class", path=workdir / "classes.png")
+    image_rows(_inpainting(model, spec, held_out, seed), 0.0, high, path=workdir / "inpainting.png")
 
 
 def _distances(x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -163,11 +190,8 @@ def _forward(model: ScoreModel, spec: DataSpec, data: Tensor, seed: int) -> dict
     x_0 = spec.encode(data)
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     law = model.law
-    if isinstance(law, Chain):
-        levels = [round(i * (law.n - 1) / 7) for i in range(8)]
-        return {f"level {i}": spec.decode(law.perturb(x_0, i, noise)) for i in levels}
     times = [law.t_min + (law.t_max - law.t_min) * i / 7 for i in range(8)]
-    return {f"t = {t:.3g}": spec.decode(law.perturb(x_0, t, noise)) for t in times}
+    return {f"{t:.3g}": spec.decode(law.perturb(x_0, t, noise)) for t in times}
 
 
 def _classes(model: ScoreModel, spec: DataSpec, seed: int) -> dict[str, Tensor]:
@@ -180,11 +204,11 @@ def _classes(model: ScoreModel, spec: DataSpec, seed: int) -> dict[str, Tensor]:
     return {str(c): part for c, part in enumerate(drawn.split(per_class))}
 
 
-def _inpainting(model: ScoreModel, spec: DataSpec, data: Tensor, seed: int) -> dict[str, Tensor]:
+def _inpainting(model: ScoreModel, spec: DataSpec, data: Tensor, seed: int) -> list[tuple[str, Tensor]]:
     """Held-out digits, their upper halves, and three completions of the lower halves."""
     mask = torch.zeros(spec.shape, dtype=torch.bool)
     mask[:, : spec.shape[1] // 2] = True
-    rows = {"held-out": data, "known": torch.where(mask, data, torch.zeros_like(data))}
+    rows = [("held-out digits", data), ("known half", torch.where(mask, data, torch.zeros_like(data)))]
     known = spec.encode(data).to(model.device)
     solver = PredictorCorrector(ReverseDiffusion(), Langevin(snr=0.1, steps=2))
     for i in range(3):
@@ -198,51 +222,20 @@ def _inpainting(model: ScoreModel, spec: DataSpec, data: Tensor, seed: int) -> d
             project=inpaint(known, mask),
             device=model.device,
         )
-        rows[f"completion {i + 1}"] = spec.decode(solution.x).cpu()
+        rows.append(("completions" if i == 1 else "", spec.decode(solution.x).cpu()))  # one label for the three
     return rows
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("The demo draws with matplotlib: pip install 'scoresde[all]'") from error
-    return plt
-
-
-def _grid(plt: Any, path: Path, rows: dict[str, Tensor], high: int) -> None:
-    """Rows of images, each with its name."""
-    columns = max(len(row) for row in rows.values())
-    figure, axes = plt.subplots(len(rows), columns, figsize=(0.55 * columns + 1.6, 0.58 * len(rows)), squeeze=False)
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for axis in line:
-            axis.set_axis_off()
-        for axis, image in zip(line, images, strict=False):
-            picture = image.permute(1, 2, 0).squeeze(-1).numpy()
-            axis.imshow(picture, cmap="gray" if picture.ndim == 2 else None, vmin=0, vmax=high)
-        line[0].text(-0.15, 0.5, name, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
-    left = 1.5 / (0.55 * columns + 1.6)
-    figure.subplots_adjust(left=left, right=0.995, top=0.99, bottom=0.01, wspace=0.08, hspace=0.1)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def _curve(plt: Any, path: Path, metrics: Path) -> None:
+def _curve(metrics: Path, *, path: Path | None = None, ax: Axes | None = None) -> Figure:
     """Training and held-out loss against the step."""
-    figure, axis = plt.subplots(figsize=(6, 3.5))
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    for key, label in (("loss", "training"), ("held_out_loss", "held-out (averaged weights)")):
-        points = [(r["step"], r[key]) for r in records if key in r]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None)
-    axis.set_xlabel("step")
-    axis.set_ylabel("denoising score matching loss")
-    axis.set_yscale("log")
-    axis.legend()
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with panels(ax, path, (6.0, 3.5)) as (figure, (axis,)):
+        for i, (key, label) in enumerate((("loss", "training"), ("held_out_loss", "held-out, averaged weights"))):
+            points = [(r["step"], r[key]) for r in records if key in r]
+            if points:
+                style = {"color": LINES[i]["color"], "marker": LINES[i]["marker"] if len(points) < 40 else None}
+                axis.plot(*zip(*points, strict=True), label=label, **style)
+        axis.set(xlabel="optimizer step", ylabel="denoising score matching loss (no unit)", yscale="log")
+        plain_ticks(axis.yaxis)
+        axis.legend()
+    return figure

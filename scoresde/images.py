@@ -11,9 +11,18 @@ from torch import Tensor
 
 from scoresde.score_model import DataSpec
 
+EXTENT = 3.0
+"""Points are shown up to so many scales of their data specification from its shift."""
+
 
 def image_grid(
-    data: Tensor, low: float, high: float, columns: int | None = None, zoom: int = 1, pad: int = 1
+    data: Tensor,
+    low: float,
+    high: float,
+    columns: int | None = None,
+    zoom: int = 1,
+    pad: int = 1,
+    background: int = 96,
 ) -> Tensor:
     """Images side by side as one 8-bit picture.
 
@@ -24,6 +33,7 @@ def image_grid(
         columns: images per row; about as many as rows if None.
         zoom: side of a pixel.
         pad: pixels between images, before zooming.
+        background: grey level of what lies between the images, 0 … 255.
 
     Returns:
         uint8 of shape (height, width, C).
@@ -39,7 +49,7 @@ def image_grid(
     columns = min(n, columns or math.ceil(math.sqrt(n)))
     rows = math.ceil(n / columns)
     values = ((data.detach().cpu().double() - low) / (high - low)).nan_to_num(0.0).clamp(0.0, 1.0) * 255.0
-    cells = torch.full((rows * columns, c, h + pad, w + pad), 96.0, dtype=torch.float64)
+    cells = torch.full((rows * columns, c, h + pad, w + pad), float(background), dtype=torch.float64)
     cells[:n, :, :h, :w] = values
     sheet = cells.reshape(rows, columns, c, h + pad, w + pad).permute(0, 3, 1, 4, 2)
     sheet = sheet.reshape(rows * (h + pad), columns * (w + pad), c)
@@ -69,7 +79,7 @@ def picture(data: Tensor, spec: DataSpec, columns: int | None = None) -> Tensor 
             low, high = spec.shift - 2.0 * spec.scale, spec.shift + 2.0 * spec.scale
         return image_grid(data, low, high, columns, zoom=max(1, 32 // shape[1]))
     if shape == (2,):
-        return point_density((data - spec.shift) / spec.scale, 3.0)
+        return point_density((data - spec.shift) / spec.scale, EXTENT)
     return None
 
 

@@ -61,7 +61,7 @@ def test_a_module_of_the_same_name_is_named(name, how, tmp_path):
 @pytest.mark.parametrize(
     ("library", "use", "extra"),
     [
-        ("matplotlib", "from scoresde.figures import new_figure; new_figure(1, 1)", "plot"),
+        ("matplotlib", "from scoresde.figures import require_matplotlib; require_matplotlib()", "plot"),
         ("sklearn", "scoresde.Digits().load()", "train"),
         ("accelerate", "from scoresde import config; scoresde.train(config.load('toy_ring'), 'run')", "train"),
         ("huggingface_hub", "scoresde.from_pretrained('someone/model')", "hub"),

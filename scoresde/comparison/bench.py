@@ -11,11 +11,22 @@ import torch
 from torch import Tensor
 
 from scoresde.comparison.specs import Entry
-from scoresde.comparison.timing import Stopwatch, Timed, WatchedDraw
+from scoresde.comparison.timing import Followed, Stopwatch, Timed, WatchedDraw
 from scoresde.score_model import DataSpec, ScoreModel
 from sde_lib import Chain, Knot, ReverseSDE
-from solvers import BrownianPath, Grid, Noise, PerSample, Solution, Solver, make_knots, solve
-from solvers.grids import ENDS, GridLike
+from solvers import (
+    BrownianPath,
+    Grid,
+    Noise,
+    PerSample,
+    Recommended,
+    Solution,
+    Solver,
+    as_draw,
+    make_knots,
+    solve,
+)
+from solvers.grids import ENDS, GridLike, default_grid
 
 
 class Bench:
@@ -26,7 +37,7 @@ class Bench:
         shape: of one sample; a score model and given starts know their own.
         n: samples per repetition.
         seed: of starts and noise.
-        grid: for solvers without one of their own.
+        grid: for solvers without one of their own; `Blended` steps, or the levels of a chain, if None.
         end: "denoise" or "stop".
         start: states to start from, instead of prior draws.
         decode: model units to data units; a score model knows its own.
@@ -72,7 +83,7 @@ class Bench:
         self.seed, self.end, self.paths = int(seed), end, paths
         self.start = None if start is None else start.to(self.device, dtype)
         self.shape = self._shape(shape, spec)
-        self.grid: GridLike = ("karras" if not isinstance(self.law, Chain) else self.law) if grid is None else grid
+        self.grid: GridLike = default_grid(self.law) if grid is None else grid
         self.batch_size = self.n if batch_size is None else integers("batch_size", [batch_size])[0]
         self.decode = decode or (spec.decode if spec is not None else lambda x: x)
         self.range: tuple[float, float] | None = None
@@ -113,7 +124,7 @@ class Bench:
         if self._drawn is None or self._drawn[0] != repetition:
             like = torch.empty((self.n, *self.shape), dtype=self.dtype, device=self.device)
             draw = PerSample(self.seeds(repetition)).bind(like)
-            self._drawn = repetition, self.law.prior_std * draw.normal("prior")
+            self._drawn = repetition, self.law.prior(draw, like)
         return self._drawn[1]
 
     def noise(self, repetition: int, rows: slice) -> Noise:
@@ -128,12 +139,14 @@ class Bench:
         return self.rev.select(torch.arange(rows.start, rows.stop, device=self.device))
 
     def grid_of(self, entry: Entry) -> GridLike:
-        """The entry's own grid, or the comparison's."""
+        """The entry's own grid, or the comparison's; that of `Recommended` is part of the recommendation."""
+        if entry.grid is None and isinstance(entry.solver, Recommended):
+            return default_grid(self.law)
         return self.grid if entry.grid is None else entry.grid
 
     def check_start(self, solver: Solver, grid: GridLike) -> None:
         """Prior draws stand for p at t_max only."""
-        if self.start is not None or isinstance(self.law, Chain):
+        if self.start is not None or not self.law.has_time:
             return
         steps = 1 if isinstance(grid, str | Grid) else None
         first = float(make_knots(self.law, grid, steps, needs_drift=solver.needs_drift)[0].t)
@@ -151,11 +164,27 @@ class Bench:
         rows: slice,
         grid: GridLike,
         watches: tuple[Stopwatch, Stopwatch] | None = None,
+        plain_noise: bool = False,
+        progress: Callable[[Knot], None] | None = None,
         **budget: Any,
     ) -> tuple[Solution, WatchedDraw | None]:
-        """One run on some of the samples."""
+        """One run on some of the samples.
+
+        Args:
+            solver: the solver.
+            repetition: whose start and noise.
+            rows: of the samples.
+            grid: the grid.
+            watches: of the network and of the noise, if these are timed.
+            plain_noise: one `torch.randn` per draw, for timing, instead of the repetition's noise.
+            progress: called with the knot of every network call.
+            **budget: steps or nfe.
+        """
         x = self.starts(repetition)[rows]
-        rev, draw = self.select(rows), self.noise(repetition, rows).bind(x)
+        rev = self.select(rows)
+        draw = as_draw(0, x) if plain_noise else self.noise(repetition, rows).bind(x)
+        if progress is not None:
+            rev = Followed(rev, progress)
         watched = None
         if watches is not None:
             rev, watched = Timed(rev, watches[0]), WatchedDraw(draw, watches[1])
@@ -172,7 +201,7 @@ class Bench:
         Raises:
             ValueError: if it is not finite.
         """
-        middle = self.law.n // 2 if isinstance(self.law, Chain) else 0.5 * (self.law.t_min + self.law.t_max)
+        middle = 0.5 * (self.law.t_min + self.law.t_max) if self.law.has_time else self.law.n // 2
         rows = self.parts[0]
         with torch.no_grad():
             raw = self.select(rows)(self.starts(0)[rows], self.law.knot(middle)).raw.double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from scoresde.comparison.result import Comparison
 from scoresde.comparison.runs import Runs
 from scoresde.comparison.specs import budgets_of, entries_of
 from scoresde.comparison.store import RunStore
+from scoresde.comparison.stored_references import ReferenceStore
 from scoresde.metrics import Features
 from scoresde.score_model import ScoreModel
 from sde_lib import ReverseSDE
@@ -52,6 +54,7 @@ def compare(
     batch_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    min_run_time: float = 0.1,
     path: str | Path | None = None,
     resume: bool = True,
     progress: bool | None = None,
@@ -63,10 +66,12 @@ def compare(
 
     - ``nfe``: network calls per sample as counted by the run (guidance included), not the budget;
     - ``seconds``: wall clock for all n samples, after an untimed run of one sample (imports, tables of coefficients).
-      Drawing a shared path costs many times an ordinary draw and is an
-      expense of the comparison, so the time it took is replaced by that of as many `torch.randn` calls;
-    - ``network_seconds``: measured around each call inside the same run (events in the stream on a GPU: the run is not
-      held up), and ``overhead_seconds`` = seconds - network_seconds, what the solver adds to the network;
+      A run shorter than `min_run_time` is repeated by `torch.utils.benchmark` for so long on ordinary noise, and the
+      median counts; so does the median over repetitions. A longer run is timed once: drawing its shared path costs
+      many times an ordinary draw and is an expense of the comparison, so the time it took is replaced by that of as
+      many `torch.randn` calls;
+    - ``network_seconds``: the network's share, measured around each call inside a run (events in the stream on a GPU:
+      the run is not held up), and ``overhead_seconds`` = seconds - network_seconds, what the solver adds to it;
     - ``path_rms``, ``path_median``: over samples, of the distance
       :math:`\sqrt{\tfrac1D \sum_d (x_d - x^*_d)^2}` to the reference :math:`x^*` from the same start, in model units;
     - one column per metric: distance of the samples to `samples`, in data units.
@@ -92,7 +97,7 @@ def compare(
         n: samples per repetition.
         repetitions: of everything, with other starts and noise; they give the ``_se`` columns, standard errors.
         seed: of starts and noise.
-        grid: for solvers without one of their own; Karras' by default, the chain itself on a chain.
+        grid: for solvers without one of their own; `Blended` steps by default, on a chain its levels.
         end: "denoise" (posterior mean after the last step, one more call) or "stop".
         start: states to start from, (n, *D), instead of prior draws.
         path_error: whether to measure distances to references, which cost calls of their own. Without, the noise
@@ -113,10 +118,13 @@ def compare(
         batch_size: samples per run of a solver; all n if None. No figure but time and memory depends on it.
         dtype: of the states. Orders above two need float64.
         device: of the states; the model's, or the CPU.
+        min_run_time: seconds for which a run that is shorter is repeated to time it; 0 for no repetitions.
         path: a ``.jsonl`` file (or a folder, for ``compare.jsonl`` in it) that finished runs are appended to. Calling
-            again with it skips them; solvers, budgets and repetitions may be added.
+            again with it skips them; solvers, budgets and repetitions may be added. References lie beside it, in
+            ``…_references``, a state per sample each, and are not solved again either (unless a `flow` is given).
         resume: False starts the file anew.
-        progress: progress bar; on a terminal by default.
+        progress: progress bars of the runs and of each reference. A comparison takes minutes, so they are shown by
+            default if standard error is a terminal.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit together, or a `path` with another comparison in it.
@@ -127,17 +135,21 @@ def compare(
         rtol = (rtol,)
     if not all(isinstance(r, float | int) and 0 < r < 1 for r in rtol):
         raise ValueError(f"`rtol` must hold numbers in (0, 1), got {rtol!r}.")
+    if not isinstance(min_run_time, float | int) or not 0 <= min_run_time < math.inf:
+        raise ValueError(f"`min_run_time` must be a number of seconds >= 0, got {min_run_time!r}.")
     paths = bool(path_error and refine)
     bench = Bench(problem, shape, n, seed, grid, end, start, decode, batch_size, dtype, device, paths)
-    references = References(bench, path_error, flow, tolerance, refine, strong)
+    references = References(bench, path_error, flow, tolerance, refine, strong, progress)
     judges = Judges(samples, floor, metrics, features, bench.n, bench.data_shape, repetitions)
-    runs = Runs(bench, references, judges)
+    runs = Runs(bench, references, judges, min_run_time)
     probe = runs.probe()
     store = None
     if path is not None:
         path = Path(path)
         path = path if path.suffix == ".jsonl" else path / "compare.jsonl"
+        begun = resume and path.exists() and path.stat().st_size > 0
         store = RunStore(path, runs.settings(), probe, resume)
+        references.store = ReferenceStore(path.with_name(f"{path.stem}_references"), resume=begun)
     plan = [
         (r, entry, budget)
         for r in range(repetitions)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from scoresde.comparison.bench import Bench, grid_key
 from scoresde.comparison.specs import Budget, Entry, describe
 from scoresde.comparison.store import finite
+from scoresde.comparison.stored_references import Reference, ReferenceStore
 from scoresde.storage.files import one_line
 from sde_lib import Chain, Knot
 from solvers import AdaptiveRungeKutta, Grid, Solution, Solver
@@ -20,14 +26,6 @@ from solvers.grids import GridLike
 Flow = Callable[[Tensor, Knot, Knot], Tensor]
 
 _CHECKED = 16  # samples on which the reference itself is checked
-
-
-class Reference(NamedTuple):
-    """States to be reached, (n, *D), an estimate of their own error, and what they are; without states: why."""
-
-    x: Tensor | None
-    error: float | None
-    name: str
 
 
 class References:
@@ -40,6 +38,7 @@ class References:
         tolerance: of the adaptive ODE reference.
         refine: steps of a stochastic reference per step of the largest budget; 0: none.
         strong: solver of every stochastic reference, instead of each solver itself.
+        progress: a bar for each reference that is solved; None: on a terminal.
     """
 
     def __init__(
@@ -50,6 +49,7 @@ class References:
         tolerance: float | None,
         refine: int,
         strong: Solver | None,
+        progress: bool | None = False,
     ) -> None:
         if not isinstance(refine, int) or isinstance(refine, bool) or refine < 0 or refine == 1:
             raise ValueError(f"`refine` must be an int >= 2, or 0 for no stochastic references, got {refine!r}.")
@@ -62,7 +62,9 @@ class References:
         self.bench, self.path_error, self.flow, self.refine, self.strong = bench, path_error, flow, refine, strong
         self.tolerance = tolerance or (1e-10 if bench.dtype == torch.float64 else 1e-6)
         self._repetition = -1
-        self._made: dict[Any, Reference] = {}
+        self._made: dict[str, Reference] = {}
+        self._disable = None if progress is None else not progress
+        self.store: ReferenceStore | None = None
 
     def settings(self) -> dict[str, Any]:
         """What says how references are made, JSON-able."""
@@ -110,34 +112,51 @@ class References:
             self._repetition = repetition
         key, make = self._plan(name, entry, budget, repetition, most, solution)
         if key not in self._made:
-            try:
-                self._made[key] = make()
-            except Exception as error:
-                self._made[key] = _failed(name, error)
+            self._made[key] = self._kept(f"{key} | repetition {repetition}", name, make)
         return self._made[key]
+
+    def _kept(self, key: str, name: str, make: Callable[[], Reference]) -> Reference:
+        """The stored reference, or one that is made and stored. A given flow is not: nothing tells it from another."""
+        store = self.store if self.flow is None else None
+        found = None if store is None else store.find(key, self.bench.starts(self._repetition))
+        if found is not None:
+            return found
+        try:
+            made = make()
+        except Exception as error:
+            return _failed(name, error)
+        if store is not None:
+            store.keep(key, made)
+        return made
 
     def _plan(
         self, name: str, entry: Entry, budget: Budget, repetition: int, most: int, solution: Solution
-    ) -> tuple[Any, Callable[[], Reference]]:
+    ) -> tuple[str, Callable[[], Reference]]:
         """What the reference depends on, and how it is made."""
         bench, grid = self.bench, self.bench.grid_of(entry)
         if isinstance(bench.law, Chain):
-            return (name, entry.label), partial(self._walked, name, entry.solver, repetition, bench.law, None)
+            make = partial(self._walked, name, entry.solver, repetition, bench.law, None)
+            return f"{name} | {entry.solver!r}", make
         if not budget.solver.stochastic:
             times = solution.times.tolist()
             first, last = times[0], times[-2] if bench.end == "denoise" else times[-1]
-            make = self._flowed if self.flow is not None else self._integrated
-            return (name, first, last), partial(make, name, repetition, first, last)
-        who = None if self.strong else entry.label
+            make = partial(self._flowed if self.flow is not None else self._integrated, name, repetition, first, last)
+            return f"{name} | {first!r} to {last!r}", make
         solver = self.strong or entry.solver
-        return (name, who, grid_key(grid)), partial(self._walked, name, solver, repetition, grid, self.refine * most)
+        make = partial(self._walked, name, solver, repetition, grid, self.refine * most)
+        return f"{name} | {solver!r} | {grid_key(grid)}", make
 
     def _integrated(self, name: str, repetition: int, first: float, last: float) -> Reference:
         """The probability-flow ODE by the adaptive solver."""
         bench, few = self.bench, slice(0, min(_CHECKED, self.bench.n))
         tight = AdaptiveRungeKutta(rtol=self.tolerance, atol=self.tolerance)
         loose = AdaptiveRungeKutta(rtol=10 * self.tolerance, atol=10 * self.tolerance)
-        found = [bench.solve(tight, repetition, rows, [first, last])[0] for rows in bench.parts]
+        found = []
+        ends = bench.law.knot(first), bench.law.knot(last)
+        for i, rows in enumerate(bench.parts):
+            with self._bar(f"{name}{_part(i, len(bench.parts))}", 100, "%") as bar:
+                along = _along(bar, *ends)
+                found.append(bench.solve(tight, repetition, rows, [first, last], progress=along)[0])
         return _judged(name, found, bench.solve(loose, repetition, few, [first, last])[0])
 
     def _flowed(self, name: str, repetition: int, first: float, last: float) -> Reference:
@@ -160,11 +179,51 @@ class References:
     def _walked(self, name: str, solver: Solver, repetition: int, grid: GridLike, steps: int | None) -> Reference:
         """A run on the same noise, finer."""
         bench = self.bench
-        found = [bench.solve(solver, repetition, rows, grid, steps=steps)[0] for rows in bench.parts]
+        found = []
+        for i, rows in enumerate(bench.parts):
+            with self._bar(f"{name}{_part(i, len(bench.parts))}", None, "call") as bar:
+                count = partial(_count_call, bar)
+                found.append(bench.solve(solver, repetition, rows, grid, progress=count, steps=steps)[0])
         if steps is None:
             return _judged(name, found, None)
         few = slice(0, min(_CHECKED, bench.n))
         return _judged(name, found, bench.solve(solver, repetition, few, grid, steps=steps // 2)[0])
+
+
+    @contextmanager
+    def _bar(self, name: str, total: int | None, unit: str) -> Iterator[tqdm]:
+        """A bar below that of the runs, gone when the reference is solved."""
+        with tqdm(
+            total=total, desc=f"reference: {name}", unit=unit, disable=self._disable, file=sys.stderr, leave=False
+        ) as bar:
+            yield bar
+
+
+def _part(i: int, count: int) -> str:
+    return f" (batch {i + 1} of {count})" if count > 1 else ""
+
+
+def _along(bar: tqdm, start: Knot, end: Knot) -> Callable[[Knot], None] | None:
+    """Moves a bar of 100 to the share of the angle atan(sigma / alpha) that samples have behind them, on average."""
+    if bar.disable:
+        return None
+    first, last = (math.atan2(float(k.sigma), float(k.alpha)) for k in (start, end))
+    looked = 0.0
+
+    def told(knot: Knot) -> None:
+        nonlocal looked
+        if time.perf_counter() - looked < 0.2:  # a look waits for the device
+            return
+        looked = time.perf_counter()
+        sigma, alpha = (torch.as_tensor(v, dtype=torch.float64) for v in (knot.sigma, knot.alpha))
+        share = (float(torch.atan2(sigma, alpha).mean()) - first) / (last - first)
+        bar.update(max(0.0, round(100.0 * share) - bar.n))
+
+    return told
+
+
+def _count_call(bar: tqdm, knot: Knot) -> None:
+    bar.update()
 
 
 def _judged(name: str, found: list[Solution], rougher: Solution | None) -> Reference:

@@ -8,15 +8,20 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from scoresde.comparison.store import FORMAT
 from scoresde.storage.files import write_whole
 
-_MEANS = ("nfe", "seconds", "network_seconds", "overhead_seconds", "noise_seconds", "path_median")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MEANS = ("nfe", "noise_seconds", "path_median")
+_MEDIANS = ("seconds", "network_seconds")
 COLUMNS = (
     "label",
     "solver",
@@ -83,10 +88,11 @@ class Comparison:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """One dict per solver and budget: means over repetitions.
+        """One dict per solver and budget: means over repetitions, of ``seconds`` and ``network_seconds`` medians.
 
-        ``path_rms`` is over the samples of all repetitions; ``…_se`` are standard errors over repetitions (None for
-        one). A row whose runs did not all succeed has their status and reason, and no figures of accuracy.
+        ``path_rms`` is over the samples of all repetitions; ``overhead_seconds`` is the difference of the two medians;
+        ``…_se`` are standard errors of means over repetitions (None for one).
+        A row whose runs did not all succeed has their status and reason, and no figures of accuracy.
         """
         groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for run in self.runs:
@@ -99,6 +105,10 @@ class Comparison:
         row["repetitions"] = len(runs)
         for name in _MEANS:
             row[name] = _mean([run.get(name) for run in runs])
+        for name in _MEDIANS:  # one slow run, held up by something else, says nothing of the solver
+            values = [run.get(name) for run in runs]
+            row[name] = None if _mean(values) is None else statistics.median(v for v in values if v is not None)
+        row["overhead_seconds"] = None if row["seconds"] is None else row["seconds"] - row["network_seconds"]
         row["nfe_max"] = max((run["nfe_max"] for run in runs if run.get("nfe_max") is not None), default=None)
         row["seconds_se"] = _standard_error([run.get("seconds") for run in runs])
         rms = [run.get("path_rms") for run in runs]
@@ -186,15 +196,37 @@ class Comparison:
 
     # --- text and files -------------------------------------------------------------------------------------------
     def table(self) -> str:
-        """Aligned text. ``~`` marks a distance within the noise floor (its mean plus two standard deviations):
-        indistinguishable from the reference samples at this sample size; ``*`` the smallest value of a column, if it is
-        not among those."""
+        """Aligned text. ``~`` marks a distance within the noise floor (its mean plus two standard deviations), where
+        samples cannot be told from the reference samples at this sample size; ``*`` the smallest value of a column, if
+        it is not among those."""
         rows = self.rows
+        cells = self._cells(rows)
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]) - 1)]
+        lines = []
+        for line in cells:
+            padded = [f"{line[i]:<{w}}" if i < 2 else f"{line[i]:>{w}}" for i, w in enumerate(widths)]
+            lines.append("  ".join([*padded, line[-1]]).rstrip())
+        return "\n".join([*lines, *self._notes(rows)])
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        rows = self.rows
+        head, *body = ([escape(cell.strip()) for cell in line] for line in self._cells(rows))
+        lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+        for line in body:
+            aligned = (f'<td style="text-align: {"left" if i < 2 else "right"}">' for i in range(len(line) - 1))
+            cells = "".join(f"{start}{cell}</td>" for start, cell in zip(aligned, line, strict=False))
+            lines.append(f'{cells}<td style="text-align: left">{line[-1]}</td>')
+        notes = "<br>".join(escape(note) for note in self._notes(rows))
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table><p>{notes}</p>"
+
+    def _cells(self, rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+        """The table's head and lines; a reason where a run did not work comes last."""
         columns = [c for c in (*_SHOWN, *self.metrics) if any(row[c] is not None for row in rows)]
         best = {}
         for column in columns:
             values = [row[column] for row in rows if row["status"] == "ok" and row[column] is not None]
-            best[column] = min(values) if values else None
+            best[column] = min(values) if values and column != "nfe" else None  # fewest calls are no merit
         titles = {"overhead_seconds": "beyond net", "nfe": "NFE"}
         cells = [["solver", "budget", *(titles.get(c, c) for c in columns), ""]]
         for row in rows:
@@ -211,26 +243,30 @@ class Comparison:
         if self.floors:
             floor = [_number(self.floors.get(c, {}).get("mean"), c) + " " for c in columns]
             cells.append(["(samples of one law)", "", *floor, ""])
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]) - 1)]
-        lines = []
-        for line in cells:
-            padded = [f"{line[i]:<{w}}" if i < 2 else f"{line[i]:>{w}}" for i, w in enumerate(widths)]
-            lines.append("  ".join([*padded, line[-1]]).rstrip())
-        return "\n".join([*lines, *self._notes(rows)])
+        return cells
 
     def _notes(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """What the columns mean here."""
         n, repetitions = self.settings.get("n"), max((row["repetitions"] for row in rows), default=0)
-        notes = [f"{n} samples, {repetitions} repetition(s); * smallest of its column"]
+        notes = [f"{n} samples, {_count(repetitions, 'repetition')}; * smallest of its column"]
         if self.floors:
-            notes[0] += ", ~ within the noise between samples of one law"
+            notes[0] += ", ~ no farther than two samples of one law are from each other"
+        if any(row["seconds"] is not None for row in rows):
+            notes[0] += "; beyond net: seconds that are not spent in the network"
+        grids: dict[str, dict[str, None]] = {}
+        for row in rows:
+            if row.get("grid"):
+                grids.setdefault(row["grid"], {})[row["label"]] = None
+        if grids:
+            named = {grid: f"{grid} ({', '.join(labels)})" for grid, labels in grids.items()}
+            notes.append(f"grid: {'; '.join(named.values() if len(grids) > 1 else grids)}")
         for kind in ("deterministic", "stochastic"):
             names = dict.fromkeys(row["reference"] for row in rows if row["kind"] == kind and row["reference"])
             if names and set(names) != {"none"}:
-                notes.append(f"path, {kind}: {'; '.join(_said(n) for n in names)}")
+                notes.append(f"path columns, {kind} solvers: {'; '.join(_said(n) for n in names)}")
         machines = {run["machine"] for run in self.runs}
         if len(machines) > 1:
-            notes.append(f"times are from several machines and do not compare: {'; '.join(sorted(machines))}")
+            notes.append(f"times were taken on several machines and cannot be compared: {'; '.join(sorted(machines))}")
         return notes
 
     def __str__(self) -> str:
@@ -238,13 +274,27 @@ class Comparison:
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows, unrounded; empty where there is no figure."""
-        rows = self.rows
-        names = [*COLUMNS, *(c for name in self.metrics for c in (name, f"{name}_se"))]
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
+        writer = csv.DictWriter(text, fieldnames=self._columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(self.rows)
         write_whole(Path(path), text.getvalue())
+
+    def to_dataframe(self) -> Any:
+        """The rows as a `pandas.DataFrame`, with the columns of the CSV file.
+
+        Raises:
+            ImportError: without pandas, with what to install.
+        """
+        try:
+            from pandas import DataFrame  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise ImportError("Data frames are of pandas: pip install pandas") from error
+        return DataFrame(self.rows, columns=self._columns)
+
+    @property
+    def _columns(self) -> list[str]:
+        return [*COLUMNS, *(c for name in self.metrics for c in (name, f"{name}_se"))]
 
     def to_json(self, path: str | Path) -> None:
         """Write everything but samples: settings, environment, floors, rows, orders and runs. Strict JSON."""
@@ -277,28 +327,42 @@ class Comparison:
             raise ValueError(f"{path} is not a comparison written by to_json ({error}).") from error
 
     # --- pictures -------------------------------------------------------------------------------------------------
-    def plot(self, path: str | Path, y: str | None = None) -> None:
-        """Draw error against network calls and against seconds, with fitted orders in the legend.
+    def plot(self, path: str | Path | None = None, y: str | None = None, *, ax: Any = None) -> Figure:
+        """Draw error against network calls (left) and against seconds (right), with fitted orders in the legend.
+
+        Points of a solver are joined in the order of their calls. Where a run with more calls was clocked faster than
+        one with fewer, which is noise of the clock, the two are drawn at the geometric mean of their times (isotonic
+        regression); the table keeps what was measured. Up to twenty solvers can be told apart, in grey as well.
 
         Args:
-            path: picture file, in any format of matplotlib.
+            path: file to write, in any format of matplotlib.
             y: column; the distance to the reference if there is one, else the first metric.
+            ax: two Axes to draw on, or one for the panel of network calls alone; a new figure by default.
+
+        Returns:
+            The matplotlib figure.
         """
         from scoresde.comparison.pictures import plot
 
         y = self._best_column() if y is None else y
         self._check_column(y)
-        plot(self, Path(path), y)
+        return plot(self, y, path, ax)
 
-    def sheet(self, path: str | Path, budget: str | None = None, columns: int = 12) -> None:
+    def sheet(
+        self, path: str | Path | None = None, budget: str | None = None, columns: int = 12, *, ax: Any = None
+    ) -> Figure:
         """Draw samples of the first repetition, one row (points: one panel) per solver.
 
         All solvers start from the same noise: a column shows what each makes of it.
 
         Args:
-            path: picture file.
+            path: file to write.
             budget: such as ``"nfe=20"``; each solver's last one that worked by default.
             columns: images per row.
+            ax: Axes to draw on: one for images, one per solver for points.
+
+        Returns:
+            The matplotlib figure.
 
         Raises:
             ValueError: for data that are neither images nor points in the plane, or a comparison read from a file,
@@ -306,23 +370,27 @@ class Comparison:
         """
         from scoresde.comparison.pictures import sheet
 
-        chosen: dict[str, Tensor] = {}
+        calls = {(row["label"], row["budget"]): row["nfe"] for row in self.rows}
+        chosen: dict[str, tuple[float | None, Tensor]] = {}
         for (label, name), samples in self.samples.items():
             if budget is None or name == budget:
-                row = next(r for r in self.rows if (r["label"], r["budget"]) == (label, name))
-                title = label if row["nfe"] is None else f"{label}\n{row['nfe']:.3g} calls"
-                chosen = {k: v for k, v in chosen.items() if k.split("\n")[0] != label} | {title: samples}
+                chosen[label] = calls[label, name], samples
         if not chosen:
             where = f" at {budget}" if budget else ""
             raise ValueError(
                 f"No samples to show{where}: they are kept for images (C, H, W) with 1 or 3 channels and for points "
                 f"(2,), in the comparison that made them; here samples have shape {self.shape}."
             )
-        sheet(chosen, Path(path), self.range, columns)
+        shown = {(label, nfe): samples for label, (nfe, samples) in chosen.items()}
+        return sheet(shown, self.range, columns, path, ax)
 
 
 def _said(reference: str) -> str:
     return reference if reference.startswith("none") else f"distance to the {reference}"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

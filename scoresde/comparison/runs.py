@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from scoresde.comparison.bench import Bench, digest, grid_key
 from scoresde.comparison.judges import Judges
-from scoresde.comparison.references import Reference, References, distances
+from scoresde.comparison.references import References, distances
 from scoresde.comparison.specs import Budget, Entry, describe_grid, walks_the_grid
-from scoresde.comparison.timing import Stopwatch, plain_draw_seconds, synchronize
+from scoresde.comparison.stored_references import Reference
+from scoresde.comparison.timing import Stopwatch, median_seconds, plain_draw_seconds, synchronize
 from scoresde.storage.files import one_line
-from solvers import Solution
+from solvers import Solution, Solver
 from solvers.grids import GridLike
 
 KEPT_IMAGES, KEPT_POINTS = 16, 4000
@@ -22,10 +24,10 @@ KEPT_IMAGES, KEPT_POINTS = 16, 4000
 
 
 class Runs:
-    """Measures runs on a bench, against references, before judges."""
+    """Measures runs on a bench, against references, before judges; short ones are repeated for `min_run_time`."""
 
-    def __init__(self, bench: Bench, references: References, judges: Judges) -> None:
-        self.bench, self.references, self.judges = bench, references, judges
+    def __init__(self, bench: Bench, references: References, judges: Judges, min_run_time: float) -> None:
+        self.bench, self.references, self.judges, self.min_run_time = bench, references, judges, min_run_time
         self._warm: set[str] = set()
         self._draw_seconds: float | None = None
 
@@ -120,6 +122,11 @@ class Runs:
         if self._draw_seconds is None:
             self._draw_seconds = plain_draw_seconds(starts[bench.parts[0]])
         seconds = wall - noise.seconds + draws * self._draw_seconds
+        in_network = network.seconds
+        if seconds < self.min_run_time and all(solution.ok for solution in found):
+            share = in_network / seconds
+            seconds = median_seconds(partial(self._again, solver, repetition, grid, options), self.min_run_time)
+            in_network = share * seconds
         nfe, times = torch.cat([solution.nfe for solution in found]), found[0].times
         cost = {
             "nfe": float(nfe.double().mean()),
@@ -127,11 +134,16 @@ class Runs:
             "steps": len(times) - 1 - int(float(times[-1]) == 0.0),
             "t_start": float(times[0]),
             "seconds": seconds,
-            "network_seconds": network.seconds,
-            "overhead_seconds": seconds - network.seconds,
+            "network_seconds": in_network,
+            "overhead_seconds": seconds - in_network,
             "noise_seconds": noise.seconds,
         }
         return cost, found, off_path
+
+    def _again(self, solver: Solver, repetition: int, grid: GridLike, options: dict[str, Any]) -> None:
+        """The run without watches, on ordinary noise."""
+        for rows in self.bench.parts:
+            self.bench.solve(solver, repetition, rows, grid, plain_noise=True, **options)
 
     def _warm_up(self, entry: Entry, budget: Budget, repetition: int, options: dict[str, Any]) -> None:
         """The same run of one sample, once: imports and tables of coefficients are no part of the figures."""

@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 from sde_lib import Chain, build, lookup
-from solvers import COORDINATES, CORRECTORS, GRIDS, SOLVERS, Blended, Corrector, Grid, Recommended, Solver
+from solvers import COORDINATES, CORRECTORS, GRIDS, SOLVERS, Corrector, Grid, Solver
 from solvers.external import FIXED
 from solvers.grids import GridLike
 
@@ -87,7 +87,7 @@ def parse_spec(text: str) -> Entry:
 
     Values are Python literals (never evaluated as code); a bare word stands for itself, ``inf`` is the number, and
     ``corrector=langevin(snr=0.1)`` builds the option from its own table. "recommended" is what `recommend` says for
-    each budget, on its own grid.
+    each budget, with the recommended grid (on a chain: its levels) whatever the grid of the other solvers.
 
     Raises:
         ValueError: for text of another form, unknown names and options (with the nearest known one), and options that
@@ -95,7 +95,7 @@ def parse_spec(text: str) -> Entry:
     """
     head, at, tail = text.partition("@")
     solver, options = _object(head.strip(), SOLVERS, "solver")
-    grid = _object(tail.strip(), GRIDS, "grid")[0] if at else Blended() if isinstance(solver, Recommended) else None
+    grid = _object(tail.strip(), GRIDS, "grid")[0] if at else None
     return Entry("".join(text.split()), solver, grid, bool({"rtol", "atol"} & set(options)))
 
 

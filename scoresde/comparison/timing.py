@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
-from scoresde.guidance import Wrapper
-from sde_lib import Knot, Prediction, ReverseSDE
+from sde_lib import Knot, Prediction, ReverseSDE, Wrapper
 from solvers import Draw
 
 
@@ -73,8 +74,18 @@ class Timed(Wrapper):
         with self.watch:
             return self.inner(x, t)
 
-    def around(self, inner: ReverseSDE) -> Wrapper:
-        return Timed(inner, self.watch)
+
+class Followed(Wrapper):
+    """A reverse SDE that tells somebody at which knot it was called."""
+
+    def __init__(self, inner: ReverseSDE, told: Callable[[Knot], None]) -> None:
+        super().__init__(inner)
+        self.told = told
+
+    def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:
+        prediction = self.inner(x, t)
+        self.told(prediction.knot)
+        return prediction
 
 
 class WatchedDraw(Draw):
@@ -82,28 +93,48 @@ class WatchedDraw(Draw):
 
     Attributes:
         draws: tensors drawn.
-        off_path: draws that are no increment between two knots (correctors, churn, a library's seed): a path shared
-            between grids does not determine them.
+        off_path: draws that are no increment between two knots (correctors, churn, a library's seed, a fork): a path
+            shared between grids does not determine them.
     """
 
     def __init__(self, inner: Draw, watch: Stopwatch) -> None:
         self.inner, self.watch = inner, watch
-        self.draws = self.off_path = 0
+        self._counts = {"draws": 0, "off_path": 0}
+
+    @property
+    def draws(self) -> int:
+        return self._counts["draws"]
+
+    @property
+    def off_path(self) -> int:
+        return self._counts["off_path"]
 
     def __call__(self, t: Knot, s: Knot) -> Tensor:
-        self.draws += 1
+        self._counts["draws"] += 1
         with self.watch:
             return self.inner(t, s)
 
     def normal(self, *key: Any) -> Tensor:
-        self.draws += 1
-        self.off_path += 1
+        return self._drawn(self.inner.normal, key)
+
+    def uniform(self, *key: Any) -> Tensor:
+        return self._drawn(self.inner.uniform, key)
+
+    def _drawn(self, draw: Callable[..., Tensor], key: tuple[Any, ...]) -> Tensor:
+        self._counts["draws"] += 1
+        self._counts["off_path"] += 1
         with self.watch:
-            return self.inner.normal(*key)
+            return draw(*key)
 
     def integer(self) -> int:
-        self.off_path += 1
+        self._counts["off_path"] += 1
         return self.inner.integer()
+
+    def fork(self, *key: Any) -> Draw:
+        self._counts["off_path"] += 1
+        forked = WatchedDraw(self.inner.fork(*key), self.watch)
+        forked._counts = self._counts
+        return forked
 
     def restart(self) -> Draw:
         return self.inner.restart()
@@ -119,3 +150,14 @@ def plain_draw_seconds(x: Tensor) -> float:
             torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         times.append(watch.seconds)
     return statistics.median(times)
+
+
+def median_seconds(run: Callable[[], object], min_run_time: float) -> float:
+    """Median wall clock of repeated runs, by `torch.utils.benchmark`: warm, on all threads, waiting for the device.
+
+    Args:
+        run: what is timed.
+        min_run_time: seconds to spend on repetitions at least.
+    """
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=min_run_time).median)

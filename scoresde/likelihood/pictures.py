@@ -1,20 +1,24 @@
-"""Plots of likelihoods: a data set's bits/dim with their error bars, the error budget, convergence. Need matplotlib."""
+"""Pictures of likelihoods: a data set's bits/dim with their error bars, causes of error, convergence."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from scoresde.figures import COLOURS, new_figure, save_figure
+from scoresde.figures import COLOURS, panels, plain_ticks
 from scoresde.likelihood.bits_per_dim import BitsPerDim
 from scoresde.likelihood.log_likelihood import log_likelihood
 from sde_lib import ReverseSDE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CAUSES = {
     "trace_se": "trace estimator (standard error)",
@@ -25,54 +29,61 @@ CAUSES = {
 }
 
 
-def histogram(result: BitsPerDim, path: str | Path, bins: int = 40) -> None:
-    """Distribution of the bits/dim of samples (above), and every sample with its trace bar, sorted (below)."""
+def histogram(result: BitsPerDim, path: str | Path | None = None, bins: int = 40, *, ax: Any = None) -> Figure:
+    """Distribution of the bits/dim of samples (above), and every sample with its trace bar, sorted (below).
+
+    Args:
+        result: of `bits_per_dim`.
+        path: file to write.
+        bins: of the histogram.
+        ax: two Axes to draw on.
+    """
     ok = torch.isfinite(result.per_sample)
     values, order = result.per_sample[ok].sort()
     errors = torch.nan_to_num(result.trace_se[ok][order])
-    figure, axes = new_figure(7.5, 5.6, 2, 1, height_ratios=(2, 1.4))
-    top, bottom = axes[:, 0]
-    top.hist(values.numpy(), bins=bins, color=COLOURS[0], alpha=0.75)
-    top.axvline(result.mean, color=COLOURS[1], label=f"mean {result.mean:.4f} ± {result.standard_error:.4f}")
-    top.set_xlabel("bits/dim")
-    top.set_ylabel("samples")
-    top.legend(frameon=False)
-    step = max(1, len(values) // 200)  # more bars than that hide each other
-    at = torch.arange(len(values))[::step]
-    bottom.errorbar(at, values[::step], yerr=errors[::step], fmt=".", markersize=3, elinewidth=0.8, color=COLOURS[0])
-    bottom.set_xlabel(f"sample, sorted{f' (every {step}th)' if step > 1 else ''}")
-    bottom.set_ylabel("bits/dim ± standard error\nof the trace")
-    for axis in (top, bottom):
-        axis.grid(alpha=0.3)
-    figure.suptitle(_wrapped(result.what), fontsize=9)
-    figure.tight_layout()
-    save_figure(figure, path)
+    with panels(ax, path, (7.0, 5.2), 2, 1, height_ratios=(2, 1.4)) as (figure, (top, bottom)):
+        top.hist(values.numpy(), bins=bins, color=COLOURS[0], alpha=0.75)
+        top.axvline(result.mean, color=COLOURS[1], label=f"mean {result.mean:.4f} ± {result.standard_error:.4f}")
+        top.set(xlabel="bits/dim", ylabel="number of samples")
+        top.legend()
+        step = max(1, len(values) // 200)  # more bars than that hide each other
+        at, shown = torch.arange(len(values))[::step], values[::step]
+        bottom.errorbar(at, shown, yerr=errors[::step], fmt=".", markersize=3, elinewidth=0.8, color=COLOURS[0])
+        bottom.set_xlabel(f"rank of the sample{f' (every {step}th is shown)' if step > 1 else ''}")
+        bottom.set_ylabel("bits/dim ± standard error\nof the trace")
+    return figure
 
 
-def budget(result: BitsPerDim, path: str | Path) -> None:
-    """Size of every cause of error: of one sample (quartiles) and in the mean over the data set, in bits/dim."""
+def budget(result: BitsPerDim, path: str | Path | None = None, *, ax: Axes | None = None) -> Figure:
+    """Size of every cause of error: of one sample (quartiles) and in the mean over the data set, in bits/dim.
+
+    Args:
+        result: of `bits_per_dim`.
+        path: file to write.
+        ax: Axes to draw on.
+    """
     ok = torch.isfinite(result.per_sample)
     n = int(ok.sum())
-    figure, axes = new_figure(8.0, 3.4)
-    axis = axes[0, 0]
     smallest = 1e-9
-    for i, name in enumerate(CAUSES):
-        values = torch.nan_to_num(getattr(result, name)[ok].abs()).double()
-        low, middle, high = (max(float(q), smallest) for q in values.quantile(torch.tensor([0.25, 0.5, 0.75]).double()))
-        mean = float(getattr(result, name)[ok].nan_to_num().mean())
-        mean = abs(mean) if name != "trace_se" else float(values.square().sum().sqrt() / n)
-        axis.plot([low, high], [i, i], color=COLOURS[0], linewidth=6, alpha=0.4, solid_capstyle="butt")
-        axis.plot(middle, i, "o", color=COLOURS[0], label="one sample: median and quartiles" if i == 0 else None)
-        axis.plot(max(mean, smallest), i, "D", color=COLOURS[1], label=f"mean over {n} samples" if i == 0 else None)
-    row = len(CAUSES)
-    axis.plot(result.standard_error, row, "D", color=COLOURS[1])
-    axis.set_yticks(range(row + 1), [*CAUSES.values(), "finite data set (standard error)"])
-    axis.set_xscale("log")
-    axis.invert_yaxis()
-    axis.set_xlabel("bits/dim")
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-    save_figure(figure, path)
+    with panels(ax, path, (8.0, 3.4)) as (figure, (axis,)):
+        for i, name in enumerate(CAUSES):
+            values = torch.nan_to_num(getattr(result, name)[ok].abs()).double()
+            quartiles = values.quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+            low, middle, high = (max(float(q), smallest) for q in quartiles)
+            mean = float(getattr(result, name)[ok].nan_to_num().mean())
+            mean = abs(mean) if name != "trace_se" else float(values.square().sum().sqrt() / n)
+            axis.plot([low, high], [i, i], color=COLOURS[0], linewidth=6, alpha=0.4, solid_capstyle="butt")
+            axis.plot(middle, i, "o", color=COLOURS[0], label="one sample: median and quartiles" if i == 0 else None)
+            label = f"mean over {n} samples" if i == 0 else None
+            axis.plot(max(mean, smallest), i, "D", color=COLOURS[1], label=label)
+        row = len(CAUSES)
+        axis.plot(result.standard_error, row, "D", color=COLOURS[1])
+        axis.set_yticks(range(row + 1), [*CAUSES.values(), "finite data set (standard error)"])
+        axis.set_xscale("log")
+        axis.invert_yaxis()
+        axis.set_xlabel("error in bits/dim")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    return figure
 
 
 @dataclass
@@ -104,33 +115,47 @@ class Convergence:
         lines += [f"{k:>6}  {se:>18.3g}" for k, se in zip(self.num_probes, self.trace_se, strict=True)]
         return "\n".join(lines)
 
-    def plot(self, path: str | Path) -> None:
-        """Both as pictures, with the slopes that theory asks for."""
-        figure, axes = new_figure(9.0, 3.6, 1, 2)
-        left, right = axes[0]
-        label = f"change to {self.steps[-1]} steps"
-        left.plot(self.steps[:-1], self.discretization[:-1], "o-", color=COLOURS[0], label=label)
-        left.plot(self.steps, self.estimated, "s--", color=COLOURS[1], label="reported (doubling)")
-        left.set_xlabel("steps")
-        left.set_ylabel("nats (RMS over samples)")
-        if any(math.isfinite(se) and se > 0 for se in self.trace_se):
-            right.plot(self.num_probes, self.trace_se, "o-", color=COLOURS[0], label="reported standard error")
-            guide = [self.trace_se[0] * math.sqrt(self.num_probes[0] / k) for k in self.num_probes]
-            right.plot(self.num_probes, guide, ":", color="0.4", label="1 / sqrt(probes)")
-            right.legend(frameon=False, fontsize=8)
-        else:
-            right.text(0.5, 0.5, "exact trace", transform=right.transAxes, ha="center")
-        right.set_xlabel("probes per knot")
-        for axis in (left, right):
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.grid(alpha=0.3)
+    def plot(self, path: str | Path | None = None, *, ax: Any = None) -> Figure:
+        """Both as pictures: the error against steps (left) and against probes with the slope of theory (right).
+
+        Args:
+            path: file to write.
+            ax: two Axes to draw on.
+        """
+        with panels(ax, path, (9.0, 3.6), 1, 2) as (figure, (left, right)):
+            label = f"change to {self.steps[-1]} steps"
+            left.plot(self.steps[:-1], self.discretization[:-1], "o-", color=COLOURS[0], label=label)
+            left.plot(self.steps, self.estimated, "s--", color=COLOURS[1], label="reported (doubling)")
+            left.set(xlabel="number of steps", ylabel="error of log p in nats (RMS over samples)")
+            exact = not any(math.isfinite(se) and se > 0 for se in self.trace_se)
+            if exact:
+                right.text(0.5, 0.5, "exact trace: no error of this kind", transform=right.transAxes, ha="center")
+                right.set_yticks([])
+            else:
+                right.plot(self.num_probes, self.trace_se, "o-", color=COLOURS[0], label="reported standard error")
+                guide = [self.trace_se[0] * math.sqrt(self.num_probes[0] / k) for k in self.num_probes]
+                right.plot(self.num_probes, guide, ":", color="0.4", label="proportional to 1 / sqrt(probes)")
+                right.set_ylabel("standard error of log p in nats (RMS)")
+            right.set_xlabel("probes per knot")
             bits = 1.0 / (self.dims * math.log(2.0))
-            twin = axis.secondary_yaxis("right", functions=(lambda y, b=bits: y * b, lambda y, b=bits: y / b))
-            twin.set_ylabel("bits/dim")
-        left.legend(frameon=False, fontsize=8)
-        figure.tight_layout()
-        save_figure(figure, path)
+            for axis, ticks in ((left, self.steps), (right, self.num_probes)):
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(ticks, [str(k) for k in ticks])
+                axis.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
+                if axis is right and exact:
+                    continue
+                axis.set_yscale("log")
+                plain_ticks(axis.yaxis)
+                twin = axis.secondary_yaxis("right", functions=(_times(bits), _times(1.0 / bits)))
+                twin.set_ylabel("bits/dim")
+                low, high = axis.get_ylim()
+                plain_ticks(twin.yaxis, view=(bits * low, bits * high))
+                axis.legend()
+        return figure
+
+
+def _times(factor: float) -> Callable[[Any], Any]:
+    return lambda y: y * factor
 
 
 def convergence(
@@ -170,13 +195,3 @@ def convergence(
         result = result if k == before else result.refine(num_probes=k - before)
         errors.append(0.0 if exact else float(result.trace_se.square().mean().sqrt()))
     return Convergence(list(steps), change, bars, list(num_probes), errors, x[0].numel())
-
-
-def _wrapped(text: str, width: int = 90) -> str:
-    lines, line = [], ""
-    for word in text.split():
-        if len(line) + len(word) > width:
-            lines.append(line)
-            line = ""
-        line = f"{line} {word}".strip()
-    return "\n".join([*lines, line])

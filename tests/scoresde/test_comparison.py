@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
+import re
+import sys
 import time
+import types
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from scoresde import Comparison, DataSpec, ScoreModel, UNet, compare
-from scoresde.comparison import bench, describe, parse_spec
+from scoresde.comparison import bench, describe, parse_spec, timing
 from scoresde.comparison.specs import split_specs
-from scoresde.guidance import ClassifierFreeGuidance, Wrapper
-from sde_lib import VPSDE, FlowSDE, GaussianMixture, Knot
+from scoresde.guidance import ClassifierFreeGuidance
+from sde_lib import VPSDE, FlowSDE, GaussianMixture, Knot, Wrapper
 from solvers import (
     DDIM,
     GRIDS,
@@ -34,6 +39,7 @@ from solvers import (
     solve,
 )
 
+QUICK = {"progress": False, "min_run_time": 0}  # no bars, and every run is timed once
 MEAN, STD = 0.7, 0.5
 SDE = VPSDE()
 GAUSSIAN = GaussianMixture(torch.full((3,), MEAN, dtype=torch.float64)[None], std=STD)
@@ -52,7 +58,7 @@ def quick(solvers, **options):
         "n": 16,
         "repetitions": 2,
         "dtype": torch.float64,
-        "progress": False,
+        **QUICK,
         "nfe": (8,),
     } | options
     return compare(GAUSSIAN.reverse(SDE), solvers, **options)
@@ -60,8 +66,6 @@ def quick(solvers, **options):
 
 def by_hand(solver, grid, nfe: int, repetition: int, n: int = 16, end: str = "stop") -> tuple[Tensor, Tensor]:
     """The run that a row stands for, from the public parts: same seeds, same start."""
-    import hashlib
-
     digest = hashlib.blake2b(f"compare 0 {repetition}".encode(), digest_size=7).digest()
     seeds = [int.from_bytes(digest, "little") + i for i in range(n)]
     like = torch.empty(n, 3, dtype=torch.float64)
@@ -74,7 +78,7 @@ def test_path_error_against_the_exact_flow():
     """path_rms and path_median are those of the runs by hand; with `flow` and with the adaptive reference."""
     gaps = []
     for repetition in (0, 1):
-        start, end = by_hand(Heun(), "karras", 8, repetition)
+        start, end = by_hand(Heun(), "blended", 8, repetition)
         exact = exact_flow(start, SDE.knot(1.0), SDE.knot(SDE.t_min))
         gaps.append((end - exact).square().mean(1).sqrt())
     rms = math.sqrt(float(torch.stack(gaps).square().mean()))
@@ -124,9 +128,6 @@ class Counted(Wrapper):
         time.sleep(self.sleep)
         return self.inner(x, t)
 
-    def around(self, inner):
-        return Counted(inner)
-
 
 def test_time_goes_where_it_is_spent():
     """Sleep in the network, in the steps and in the noise: in the network's seconds, beyond them, and in neither."""
@@ -143,7 +144,7 @@ def test_time_goes_where_it_is_spent():
             draw.normals = lambda streams: (time.sleep(0.02), normals(streams))[1]
             return draw
 
-    options = {"shape": (3,), "n": 8, "repetitions": 1, "progress": False, "path_error": False, "nfe": (20,)}
+    options = {"shape": (3,), "n": 8, "repetitions": 1, **QUICK, "path_error": False, "nfe": (20,)}
     slow = Counted(GAUSSIAN.reverse(SDE), sleep=0.02)
     (row,) = compare(slow, "heun", **options).rows
     assert row["network_seconds"] > 0.02 * row["nfe"]
@@ -173,9 +174,46 @@ def test_what_happens_once_is_no_part_of_the_time():
     assert Lazy.ready and row["seconds"] < 0.25
 
 
+def test_short_runs_are_repeated_and_their_median_counts():
+    """A run that is held up now and then: by a tenth of a second at every third, which no median of many sees."""
+    runs = []
+
+    def run() -> None:
+        runs.append(None)
+        if len(runs) % 3 == 0:
+            time.sleep(0.1)
+
+    assert timing.median_seconds(run, 0.2) < 0.05
+    calls = Counted(GAUSSIAN.reverse(SDE))
+    options = {"shape": (3,), "n": 4, "nfe": (3,), "repetitions": 1, "path_error": False, "progress": False}
+    (row,) = compare(calls, "ddim", min_run_time=0.02, **options).rows
+    assert calls.calls > 1 + 2 * 3 + 3 * 3  # the probe, a warm run, the measured one, and repetitions of it
+    assert row["seconds"] == pytest.approx(row["network_seconds"] + row["overhead_seconds"])
+    assert row["network_seconds"] > 0 and row["nfe"] == 3
+
+
+def test_a_row_has_the_median_of_its_repetitions():
+    run = {"label": "a", "budget": "nfe=5", "status": "ok", "nfe": 5.0, "kind": "deterministic", "machine": "one"}
+    runs = [{**run, "seconds": s, "network_seconds": s / 2} for s in (1.0, 9.0, 1.2)]
+    (row,) = Comparison({"n": 8}, {}, {}, runs).rows
+    assert (row["seconds"], row["network_seconds"], row["overhead_seconds"]) == (1.2, 0.6, 0.6)
+
+
+def test_the_bar_of_a_reference_moves(capsys):
+    """Along the angle for the adaptive ODE; a bar for a finer run, too."""
+    slow = Counted(GAUSSIAN.reverse(SDE), sleep=0.005)
+    compare(
+        slow, "ddim,ancestral", shape=(3,), n=2, nfe=(4,), repetitions=1, refine=2, min_run_time=0, progress=True
+    )  # fmt: skip
+    shown = capsys.readouterr().err
+    assert "comparing" in shown and "reference: own run of 6 steps" in shown
+    shares = [int(share) for share in re.findall(r"adaptive ODE[^:]*: +(\d+)%", shown)]
+    assert shares[0] == 0 and max(shares) > 10 and shares == sorted(shares)
+
+
 def test_interrupted_and_resumed(tmp_path):
     """Killed half-way, the second call does only what is missing, and the result is the uninterrupted one."""
-    options = {"shape": (2,), "n": 8, "repetitions": 2, "progress": False, "nfe": (4, 8), "dtype": torch.float64}
+    options = {"shape": (2,), "n": 8, "repetitions": 2, **QUICK, "nfe": (4, 8), "dtype": torch.float64}
     rev, solvers = MIXTURE.reverse(SDE), "ddim,heun,euler_maruyama"
     whole = Counted(rev)
     want = compare(whole, solvers, path=tmp_path / "whole.jsonl", **options)
@@ -195,12 +233,21 @@ def test_interrupted_and_resumed(tmp_path):
     again = Counted(rev)
     compare(again, solvers, path=tmp_path / "cut", **options)
     assert again.calls == 1  # the probe only
+    more = Counted(rev)
+    compare(more, f"{solvers},midpoint", path=tmp_path / "cut", **options)
+    # the probe, then per budget an untimed run of one sample and two repetitions: no reference is solved again
+    assert more.calls == 1 + 3 * (3 + 7)
+    for file in (tmp_path / "cut" / "compare_references").iterdir():  # a damaged one is
+        file.write_bytes(file.read_bytes()[:-1])
+    damaged = compare(rev, f"{solvers},midpoint,ralston", path=tmp_path / "cut", **options)
+    assert damaged.rows[-1]["path_rms"] > 0
     with pytest.raises(ValueError, match="n \\(8 then, 9 now\\)"):
         compare(rev, solvers, path=tmp_path / "cut", **{**options, "n": 9})
     with pytest.raises(ValueError, match="another score"):
         other = GaussianMixture([[0.0, 0.0]], std=1.0).reverse(SDE)
         compare(other, solvers, path=tmp_path / "cut", **options)
-    compare(rev, "ddim", path=tmp_path / "cut", resume=False, **{**options, "n": 9})
+    compare(rev, "euler_maruyama", path=tmp_path / "cut", resume=False, **{**options, "n": 9})
+    assert len(list((tmp_path / "cut" / "compare_references").iterdir())) == 2  # its own, one per repetition
 
 
 def test_a_file_is_resumed_by_the_same_comparison_only(tmp_path):
@@ -246,7 +293,7 @@ def test_rows_for_what_does_not_work():
     }
     assert "oh no" in got.rows[0]["reason"] and "at least 2" in got.table()
     nan = SDE.reverse(score=lambda x, t: torch.where(t.reshape(-1, 1) < 0.3, math.nan, -x))
-    (row,) = compare(nan, "ddim", shape=(2,), n=4, nfe=(6,), repetitions=1, progress=False).rows
+    (row,) = compare(nan, "ddim", shape=(2,), n=4, nfe=(6,), repetitions=1, **QUICK).rows
     assert row["status"] == "failed" and "not finite" in row["reason"] and row["path_rms"] is None
 
 
@@ -288,7 +335,7 @@ def test_guidance_counts_and_conditions_go_with_their_samples():
         seen.append(x.clone())
         return 0.0
 
-    options = {"shape": (2,), "n": 6, "nfe": (9,), "repetitions": 1, "dtype": torch.float64, "progress": False}
+    options = {"shape": (2,), "n": 6, "nfe": (9,), "repetitions": 1, "dtype": torch.float64, **QUICK}
     got = []
     for batch_size in (None, 4):
         (row,) = compare(
@@ -308,14 +355,14 @@ def test_distances_between_samples():
         return MIXTURE.sample(count, torch.Generator().manual_seed(seed), torch.float64)
 
     got = compare(
-        MIXTURE.reverse(SDE), "ddim", shape=(2,), n=400, nfe=(3, 40), repetitions=2, samples=draw, progress=False
+        MIXTURE.reverse(SDE), "ddim", shape=(2,), n=400, nfe=(3, 40), repetitions=2, samples=draw, **QUICK
     )  # fmt: skip
     few, many = got.rows
     for name in ("sliced_wasserstein", "energy_distance", "mmd2"):
         floor = got.floors[name]
         assert few[name] > floor["mean"] + 4 * floor["std"] and few[name] > 3 * abs(many[name])
     assert "~" in got.table() and "(samples of one law)" in got.table()
-    options = {"shape": (2,), "n": 400, "nfe": (40,), "samples": draw, "progress": False}
+    options = {"shape": (2,), "n": 400, "nfe": (40,), "samples": draw, **QUICK}
     features = compare(MIXTURE.reverse(SDE), "ddim", features=lambda x: x**2, **options)
     assert features.rows[0]["frechet_distance"] > 0
 
@@ -336,14 +383,44 @@ def test_everybody_starts_alike_and_any_grid_or_end():
     assert labels == ["ddim", "ddim@karras(rho=3)", "heun@blended"]
     chain = SDE.discretize(50)
     (row,) = compare(
-        GAUSSIAN.reverse(chain), "ancestral", shape=(3,), n=8, nfe=(10,), repetitions=1, progress=False
+        GAUSSIAN.reverse(chain), "ancestral", shape=(3,), n=8, nfe=(10,), repetitions=1, **QUICK
     ).rows  # fmt: skip
     assert row["status"] == "ok" and "50 levels" in row["reference"] and row["path_rms"] > 0
-    one = compare(GAUSSIAN.reverse(FlowSDE()), "recommended,heun", shape=(3,), n=8, nfe=(6, 12), progress=False).rows
+    one = compare(GAUSSIAN.reverse(FlowSDE()), "recommended,heun", shape=(3,), n=8, nfe=(6, 12), **QUICK).rows
     assert {row["status"] for row in one} == {"ok"}
     model = ScoreModel(UNet((1, 8, 8), channels=8), SDE, "v", data_spec=DataSpec.integers((1, 8, 8), 17))
-    (row,) = compare(model, "ddim", n=4, nfe=(4,), repetitions=1, progress=False).rows
+    (row,) = compare(model, "ddim", n=4, nfe=(4,), repetitions=1, **QUICK).rows
     assert row["status"] == "ok" and row["samples"] == 4
+
+
+def test_the_default_grid_is_named():
+    """Blended steps on an SDE, the levels of a chain; a grid of one's own; `Recommended` keeps what it recommends."""
+    blended, other = (quick("ddim,recommended", repetitions=1, path_error=False, **o) for o in ({}, {"grid": "karras"}))
+    assert [row["grid"] for row in blended.rows] == ["blended"] * 2 and "grid: blended" in blended.table()
+    assert [row["grid"] for row in other.rows] == ["karras", "blended"]
+    assert "grid: karras (ddim); blended (recommended)" in other.table()
+    start, end = by_hand(DDIM(), Blended(), 8, 0, end="denoise")
+    (row,) = quick(DDIM(), repetitions=1, samples=end, metrics={"gap": lambda x, y: float((x - y).abs().max())}).rows
+    assert row["gap"] == 0.0 and len(start) == len(end)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_recommended_on_a_chain(noise):
+    """As a text, with the chain's levels as its grid: the run of the recommended solver on them."""
+    chain = SDE.discretize(40)
+    rev = GAUSSIAN.reverse(chain)
+    got = compare(
+        rev, f"recommended(noise={noise})", shape=(3,), n=4, nfe=(6, 12), repetitions=1, dtype=torch.float64,
+        samples=torch.zeros(2, 3), metrics={"first": lambda x, y: float(x[0, 0])}, path_error=False, **QUICK,
+    )  # fmt: skip
+    for row, nfe in zip(got.rows, (6, 12), strict=True):
+        assert (row["status"], row["grid"], row["nfe"]) == ("ok", "chain(40)", nfe), row["reason"]
+        word = hashlib.blake2b(b"compare 0 0", digest_size=7).digest()
+        seeds = PerSample([int.from_bytes(word, "little") + i for i in range(4)])
+        like = torch.empty(4, 3, dtype=torch.float64)
+        start = chain.prior_std * seeds.bind(like).normal("prior")
+        direct = solve(rev, start, recommend(nfe - noise, noise).solver, nfe=nfe, rng=seeds, end="denoise")
+        assert row["first"] == pytest.approx(float(direct.x[0, 0]), rel=1e-12)
 
 
 def test_recommended_is_what_recommend_says():
@@ -362,31 +439,78 @@ def test_recommended_is_what_recommend_says():
         assert int(direct.nfe[0]) == Recommended(noise).nfe(11)
 
 
-def test_files_and_pictures(tmp_path):
-    """CSV and JSON hold the rows unrounded; JSON reads back; pictures are drawn."""
-    got = compare(
-        MIXTURE.reverse(SDE), "ddim,heun,adaptive", shape=(2,), n=40, nfe=(5, 10), rtol=(1e-1, 1e-2), repetitions=2,
-        samples=lambda n, seed: MIXTURE.sample(n, torch.Generator().manual_seed(seed), torch.float64), progress=False,
+@pytest.fixture(scope="module")
+def compared():
+    return compare(
+        MIXTURE.reverse(SDE), "ddim,heun,adaptive,ancestral", shape=(2,), n=40, nfe=(5, 10), rtol=(1e-1, 1e-2),
+        samples=lambda n, seed: MIXTURE.sample(n, torch.Generator().manual_seed(seed), torch.float64), repetitions=2,
+        metrics=["energy_distance"], refine=2, **QUICK,
     )  # fmt: skip
+
+
+def test_files(compared, tmp_path):
+    """CSV and JSON hold the rows unrounded; JSON reads back."""
+    got = compared
     got.to_csv(tmp_path / "a.csv")
     got.to_json(tmp_path / "a.json")
     with (tmp_path / "a.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [float(r["path_rms"]) for r in rows] == [r["path_rms"] for r in got.rows] and len(rows) == 6
+    assert [float(r["path_rms"]) for r in rows] == [r["path_rms"] for r in got.rows] and len(rows) == 8
     back = Comparison.from_json(tmp_path / "a.json")
     assert back.rows == got.rows and back.table() == got.table() and back.orders() == got.orders()
     json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
-    for name, draw in (("a.png", got.plot), ("s.png", got.sheet), ("b.png", back.plot)):
-        draw(tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 5000
-    got.plot(tmp_path / "m.png", "energy_distance")
-    with pytest.raises(ValueError, match="y"):
-        got.plot(tmp_path / "x.png", "fid")
+    back.plot(tmp_path / "b.png")
     with pytest.raises(ValueError, match="No samples"):
         back.sheet(tmp_path / "x.png")
     (tmp_path / "b.json").write_text("{}")
     with pytest.raises(ValueError, match="not a comparison"):
         Comparison.from_json(tmp_path / "b.json")
+
+
+def test_pictures(compared):
+    """Figures, on Axes of one's own or not: labels with units, no title, every solver told from the others."""
+    figure = compared.plot()
+    left, right = figure.axes
+    assert "network calls" in left.get_xlabel() and "model units" in left.get_ylabel()
+    assert "seconds for 40 samples" in right.get_xlabel() and figure._repr_png_().startswith(b"\x89PNG")
+    assert not figure.get_suptitle() and not any(axis.get_title() for axis in figure.axes)
+    for axis in (left, right):
+        for line in axis.lines:
+            assert list(line.get_xdata()) == sorted(line.get_xdata())
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [label.split(":")[0] for label in legend] == ["ddim", "heun", "adaptive", "ancestral", "filled", "hollow"]
+    own = Figure()
+    axes = own.subplots(1, 2)
+    assert compared.plot(ax=axes, y="energy_distance") is own and "data units" in axes[0].get_ylabel()
+    one = Figure().subplots()
+    assert compared.plot(ax=one) is one.figure and one.get_xlabel() == left.get_xlabel()
+    with pytest.raises(ValueError, match="got 3"):
+        compared.plot(ax=list(Figure().subplots(1, 3)))
+    with pytest.raises(ValueError, match="y"):
+        compared.plot(y="fid")
+    low, high = quick("ddim", repetitions=1).plot().axes[0].get_ylim()  # one point has room, too
+    assert high > 1.5 * low
+    names = [text.get_text() for axis in compared.sheet(budget="nfe=10").axes for text in axis.texts]
+    assert names == ["ddim, 10 calls", "heun, 9 calls", "ancestral, 10 calls"]
+    rows = Figure().subplots(1, 4)
+    assert compared.sheet(ax=rows) is rows[0].figure
+
+
+def test_in_a_notebook(compared, monkeypatch):
+    """The table as HTML, text escaped; a data frame, or what to install for one."""
+    page = compared._repr_html_()
+    assert page.count("<tr>") == 10 and "<th>energy_distance</th>" in page and "grid: blended" in page
+    run = {"label": "<b>", "budget": "nfe=5", "status": "failed", "reason": "1 < 2", "kind": "deterministic"}
+    page = Comparison({"n": 8}, {}, {}, [{**run, "machine": "one"}])._repr_html_()
+    assert "&lt;b&gt;" in page and "1 &lt; 2" in page and "<b>" not in page
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        compared.to_dataframe()
+    frames = types.ModuleType("pandas")
+    frames.DataFrame = lambda rows, columns: (rows, columns)
+    monkeypatch.setitem(sys.modules, "pandas", frames)
+    rows, columns = compared.to_dataframe()
+    assert rows == compared.rows and set(columns) == set(rows[0])
 
 
 @pytest.mark.parametrize("table", [SOLVERS, GRIDS])
@@ -401,7 +525,7 @@ def test_text_says_what_it_builds(table):
         if type(solver) in SOLVERS.values():
             assert parse_spec(describe(solver)).solver == solver
     assert parse_spec("ddim(eta=0.5)@karras(rho=5)").grid == Karras(rho=5)
-    assert parse_spec("recommended").grid == Blended() and parse_spec("recommended@karras").grid == Karras()
+    assert parse_spec("recommended").grid is None and parse_spec("recommended@karras").grid == Karras()
     assert split_specs("a(b=1,c=(2,3)), d") == ["a(b=1,c=(2,3))", "d"]
 
 
