@@ -25,7 +25,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=own) + configs,
     package_dir={"scoresde.configs": "configs"},
-    package_data={"scoresde": ["py.typed"], "sde_lib": ["py.typed"], "solvers": ["py.typed"]},
+    package_data={"scoresde": ["py.typed", "scoresde.mplstyle"], "sde_lib": ["py.typed"], "solvers": ["py.typed"]},
     install_requires=[
         "torch>=2.4",
         "torchsde>=0.2.6",

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--solvers", required=True, metavar="LIST", help=_SOLVERS)
     p.add_argument("--nfe", default="5,10,20,50", metavar="LIST", help="budgets of network calls (default: 5,10,20,50)")
     p.add_argument("--rtol", default="1e-1,1e-2,1e-3", metavar="LIST", help="tolerances of adaptive solvers")
-    p.add_argument("--grid", metavar="GRID", help="grid of solvers without their own (default: karras)")
+    p.add_argument("--grid", metavar="GRID", help=_GRID)
     p.add_argument("--n", type=int, default=256, metavar="N", help="samples per repetition (default: 256)")
     p.add_argument("--batch-size", type=int, metavar="N", help="samples at a time (default: all)")
     p.add_argument("--repetitions", type=int, default=3, metavar="N", help="with other noise each (default: 3)")
@@ -105,6 +105,7 @@ _SOLVERS = (
 )
 
 
+_GRID = "grid of solvers without one of their own (default: blended; on a chain, its levels)"
 _FEATURES = "of the Fréchet distance: identity, random_relu, or your own function as package.module:function"
 
 

@@ -106,7 +106,7 @@ def defaults() -> ml_collections.ConfigDict:
     s.batch_size = 256
     s.seed = 0
     s.solver = _section("heun", SOLVERS)
-    s.grid = _section("karras", GRIDS)  # no name: equal steps in time; a chain has its own levels
+    s.grid = _section("blended", GRIDS)  # the default grid everywhere; a chain has its own levels
     s.steps = 18  # ignored by adaptive solvers
     s.nfe = config_dict.placeholder(int)  # budget of network calls per sample, instead of `steps`
     s.end = "denoise"

@@ -42,6 +42,7 @@ def test_wheel_holds_exactly_what_it_should(wheel):
         assert f"{package}/py.typed" in names
         sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / package).rglob("*.py")}
         assert sources <= set(names)
+    assert "scoresde/scoresde.mplstyle" in names
     shipped = {f"scoresde/configs/{p.name}" for p in (ROOT / "configs").glob("*.py")}
     assert shipped <= set(names) and len(shipped) > 5
     assert not any(name.endswith((".pyc", ".ipynb", ".png")) for name in names)
