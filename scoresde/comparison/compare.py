@@ -54,7 +54,7 @@ def compare(
     batch_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
-    min_run_time: float = 0.1,
+    min_run_time: float = 0.05,
     path: str | Path | None = None,
     resume: bool = True,
     progress: bool | None = None,
