@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scoresde.likelihood.probes import Probes, as_probes
+from scoresde.likelihood.probes import Probes, as_probes, squares, variance
 from sde_lib._checks import check_state
 from solvers.noise import Rng, as_draw
 
@@ -28,7 +28,8 @@ class Divergence(NamedTuple):
     Attributes:
         value: fn(x), (B, *D).
         trace: the divergence, (B,), float64.
-        standard_error: of the trace, (B,): 0 if exact, nan for a single estimate, which cannot tell.
+        standard_error: of the trace, (B,): 0 if exact, nan for a single estimate, which cannot tell. A matrix with very
+            few entries beside its diagonal may show the same to all of a few signs: take 6 estimates or more there.
         vjps: vector-Jacobian products taken per sample.
     """
 
@@ -75,13 +76,15 @@ def divergence(
     shape = x.shape[1:]
     if is_exact(method, shape):
         value, traces = value_and_traces(fn, x, None, chunk, differentiable)
-        return Divergence(value, traces[:, 0], torch.zeros_like(traces[:, 0].detach()), math.prod(shape))
+        trace = traces.values[:, 0]
+        return Divergence(value, trace, torch.zeros_like(trace.detach()), math.prod(shape))
     law = as_probes(probes, shape)
     draw = as_draw(rng, x.detach())
     groups = [law.group(draw.normal("probe", k)) for k in range(num_probes)]
-    value, traces = value_and_traces(fn, x, groups, chunk, differentiable)
-    spread = traces.detach().std(1) if num_probes > 1 else torch.full_like(traces[:, 0], math.nan)
-    return Divergence(value, traces.mean(1), spread / math.sqrt(num_probes), num_probes * law.size(shape))
+    value, traces = value_and_traces(fn, x, groups, chunk, differentiable, law)
+    error = (variance(traces.squares(0, num_probes)) / (num_probes * max(num_probes - 1, 1))).sqrt()
+    error = error if num_probes > 1 else torch.full_like(error, math.nan)
+    return Divergence(value, traces.values.mean(1), error, num_probes * law.size(shape))
 
 
 def check_trace_options(method: str, num_probes: int, chunk: int) -> None:
@@ -98,17 +101,45 @@ def is_exact(method: str, shape: Sequence[int]) -> bool:
     return method == "exact" or (method == "auto" and math.prod(shape) <= EXACT_UP_TO)
 
 
+class Traces(NamedTuple):
+    """Estimates of a divergence.
+
+    Attributes:
+        values: (B, K), or (B, 1) for the exact one; float64.
+        signs: of the probes in their basis, (B, K, D); None where the law has none or was not told.
+        shares: of the elements of that basis in the estimates, (B, K, D), or None.
+    """
+
+    values: Tensor
+    signs: Tensor | None = None
+    shares: Tensor | None = None
+
+    def squares(self, low: int, high: int) -> Tensor:
+        """`probes.squares` of the estimates low … high - 1, (B, 3); without signs those of the estimates themselves."""
+        if self.signs is not None and self.shares is not None:
+            return squares(self.signs[:, low:high], self.shares[:, low:high])
+        away = self.values[:, low:high].detach()
+        both = (away - away.mean(1, keepdim=True)).square().sum(1)
+        return torch.stack([both, torch.zeros_like(both), torch.full_like(both, high - low - 1)], 1)
+
+
 def value_and_traces(
     fn: Callable[[Tensor], Tensor],
     x: Tensor,
     groups: Sequence[Sequence[Tensor]] | None,
     chunk: int = CHUNK,
     differentiable: bool = False,
-) -> tuple[Tensor, Tensor]:
+    law: Probes | None = None,
+) -> tuple[Tensor, Traces]:
     """fn(x) and estimates of its divergence: one column per group of probe vectors, or the exact one for None.
 
+    Args:
+        fn, x, chunk, differentiable: as in `divergence`.
+        groups: probe vectors of `law`.
+        law: for the shares of the elements in the estimates.
+
     Returns:
-        The value (B, *D) and the traces in float64, (B, K) or (B, 1); without a graph unless `differentiable`.
+        The value (B, *D) and the traces, without a graph unless `differentiable`.
     """
     # fused attention knows neither second derivatives nor batches of products
     plain = differentiable or (groups is None and chunk > 1)
@@ -119,36 +150,55 @@ def value_and_traces(
         value = fn(x)
         if value.shape != x.shape:
             raise ValueError(f"The field must keep the shape {tuple(x.shape)}, got {tuple(value.shape)}.")
-        traces = _traces(value, x, groups, chunk, differentiable)
+        products = _Products(value, x, differentiable)
+        if groups is None:
+            traces = Traces(products.exact(chunk))
+        else:
+            traces = products.estimates(groups, law)
     return (value, traces) if differentiable else (value.detach(), traces)
 
 
-def _traces(
-    value: Tensor, x: Tensor, groups: Sequence[Sequence[Tensor]] | None, chunk: int, differentiable: bool
-) -> Tensor:
-    b, d = len(x), x[0].numel()
-    if not value.requires_grad:  # fn does not depend on x
-        return torch.zeros(b, 1 if groups is None else len(groups), dtype=torch.float64, device=x.device)
-    left = -(-d // chunk) if groups is None else sum(map(len, groups))
+class _Products:
+    """Vector-Jacobian products of a value with respect to x; without the graph after the last one."""
 
-    def products(v: Tensor, batched: bool = False) -> Tensor:
-        nonlocal left
-        left -= 1
-        keep = left > 0 or differentiable
+    def __init__(self, value: Tensor, x: Tensor, differentiable: bool) -> None:
+        self.value, self.x, self.differentiable = value, x, differentiable
+
+    def __call__(self, v: Tensor, last: bool, batched: bool = False) -> Tensor:
+        if not self.value.requires_grad:  # fn does not depend on x
+            return torch.zeros_like(v)
+        keep = self.differentiable or not last
         return torch.autograd.grad(
-            value, x, v, retain_graph=keep, create_graph=differentiable, is_grads_batched=batched
+            self.value, self.x, v, retain_graph=keep, create_graph=self.differentiable, is_grads_batched=batched
         )[0]
 
-    if groups is not None:
-        columns = [
-            sum((products(v) * v).reshape(b, -1).sum(1, dtype=torch.float64) for v in group) for group in groups
-        ]
-        return torch.stack([torch.as_tensor(c) for c in columns], 1)
-    total = torch.zeros(b, dtype=torch.float64, device=x.device)
-    for low in range(0, d, chunk):
-        at = torch.arange(min(chunk, d - low), device=x.device)
-        units = torch.zeros(len(at), b, d, dtype=value.dtype, device=x.device)
-        units[at, :, low + at] = 1.0
-        rows = products(units.reshape(-1, *value.shape), True) if chunk > 1 else products(units[0].reshape(value.shape))
-        total = total + rows.reshape(len(at), b, d)[at, :, low + at].sum(0, dtype=torch.float64)
-    return total[:, None]
+    def estimates(self, groups: Sequence[Sequence[Tensor]], law: Probes | None) -> Traces:
+        b, last = len(self.x), groups[-1][-1]
+        columns, signs, shares = [], [], []
+        for group in groups:
+            pairs = [(v, self(v, v is last)) for v in group]
+            columns.append(torch.stack([(p * v).reshape(b, -1).sum(1, dtype=torch.float64) for v, p in pairs]).sum(0))
+            turned = [] if law is None else [(law.signs(v), law.signs(p.detach())) for v, p in pairs]
+            known = [(z.reshape(b, -1), w.reshape(b, -1)) for z, w in turned if z is not None and w is not None]
+            if known:  # the vectors of a group do not overlap
+                signs.append(torch.stack([z for z, _ in known]).sum(0))
+                shares.append(torch.stack([z * w for z, w in known]).sum(0))
+        values = torch.stack(columns, 1)
+        return Traces(values, torch.stack(signs, 1), torch.stack(shares, 1)) if signs else Traces(values)
+
+    def exact(self, chunk: int) -> Tensor:
+        """(B, 1), by unit vectors, `chunk` at a time."""
+        value, x = self.value, self.x
+        b, d = len(x), x[0].numel()
+        total = torch.zeros(b, dtype=torch.float64, device=x.device)
+        for low in range(0, d, chunk):
+            at = torch.arange(min(chunk, d - low), device=x.device)
+            units = torch.zeros(len(at), b, d, dtype=value.dtype, device=x.device)
+            units[at, :, low + at] = 1.0
+            last = low + chunk >= d
+            if chunk > 1:
+                rows = self(units.reshape(-1, *value.shape), last, batched=True)
+            else:
+                rows = self(units[0].reshape(value.shape), last)
+            total = total + rows.reshape(len(at), b, d)[at, :, low + at].sum(0, dtype=torch.float64)
+        return total[:, None]

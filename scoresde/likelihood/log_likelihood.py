@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.likelihood.divergence import CHUNK, check_trace_options, is_exact, value_and_traces
-from scoresde.likelihood.path import Groups, Nodes, Tracer, ascending_knots, measure
-from scoresde.likelihood.probes import Probes, as_probes
+from scoresde.likelihood.divergence import CHUNK, Traces, check_trace_options, is_exact, value_and_traces
+from scoresde.likelihood.path import Groups, Nodes, Tracer, ascending_knots, evaluate, measure
+from scoresde.likelihood.pool import Pool
+from scoresde.likelihood.probes import Probes, as_probes, variance
 from sde_lib import SDE, Prediction, ReverseSDE
 from sde_lib._checks import check_positive, check_state
 from solvers import TABLEAUX, Angle, Blended, Coordinate, Grid, Multistep, Solver, Status, as_solver
@@ -26,6 +27,16 @@ STEPS = 32
 """Steps of the fixed grid by default."""
 TOLERANCE = 1e-3
 """Tolerance per step of the adaptive integration by default, in nats."""
+PILOT = 4
+"""Estimates per knot that decide how many a target takes: their variance has 3 degrees of freedom or more at every knot
+that matters, so that with three such knots the number is at most 1.3 times what it need be."""
+FEWEST = 4
+"""Estimates per knot that a target takes at the least: fewer may agree by chance where one knot rules."""
+KEPT = 6
+"""Estimates by probes kept along the path that tell their noise: where one coupling of two elements rules, an estimate
+takes one of two values, and K of them agree, at a standard error of 0, in 2^(1 - K) of the cases: 3 % for 6."""
+TOGETHER = 16
+"""Estimates taken from one network call at a knot: each holds its products until their scatter is known."""
 
 
 @dataclass
@@ -106,8 +117,10 @@ class Likelihood:
 
         Args:
             num_probes: add so many per knot and sample.
-            target_se: add to each sample what it needs for a standard error of so many nats; the exact trace where
-                that is cheaper.
+            target_se: give each sample what it needs for a standard error of so many nats; the exact trace where that
+                is cheaper. How many that is, is decided by a pilot, the first `PILOT` estimates per knot; the result is
+                that of the others alone, so that it is unbiased and its bar covers (`nfe` and `vjps` count the pilot).
+                The standard error it reports is measured anew and scatters about the target.
 
         Raises:
             ValueError: after an adaptive run, whose probes are fixed along the path, and with ``keep=False``.
@@ -124,7 +137,7 @@ class Likelihood:
                 path.reach(target_se)
             elif num_probes is not None:
                 check_trace_options("auto", num_probes, 1)
-                path.add(torch.full((len(self.log_prob),), num_probes))
+                path.add(num_probes)
         result = path.likelihood()
         result._path = path
         return result
@@ -138,7 +151,7 @@ def log_likelihood(
     tol: float | None = None,
     divergence: str = "auto",
     probes: Probes | str = "adapted",
-    num_probes: int = 2,
+    num_probes: int | None = None,
     target_se: float | None = None,
     doubling: bool = True,
     correct: Collection[str] = (),
@@ -191,8 +204,10 @@ def log_likelihood(
             `EXACT_UP_TO` dimensions.
         probes: law of the probe vectors: a name in `PROBES`, an object, or "adapted": the cosine basis for images
             (C, H, W), signs for all else.
-        num_probes: estimates per knot (fixed steps) or along the path (adaptive); two or more give an error bar.
-        target_se: nats: add probes until the standard error of each sample is below (fixed steps only).
+        num_probes: estimates per knot (fixed steps), 2 by default, and 2 or more give an error bar; or along the path
+            (adaptive), where it takes `KEPT`, the default.
+        target_se: nats (fixed steps only): as many probes as each sample needs for that standard error, see
+            `Likelihood.refine`. The pilot's `PILOT` estimates are taken first, or `num_probes`, if that is more.
         doubling: estimate the discretisation error: with fixed steps by two more runs, of half and of a quarter of the
             steps, on one more probe that is kept along the path (0.75 times the products of one probe, and as many
             more at the knots); adaptively by a second run, at 1/32 of the tolerance, whose result is reported.
@@ -228,6 +243,8 @@ def log_likelihood(
     adaptive = tol is not None or (steps is None and exact and not differentiable and check)
     if condition:
         rev = rev.given(**condition)
+    if num_probes is None:
+        num_probes = KEPT if adaptive else 2 if target_se is None else PILOT
     setup = _Setup(rev, law, as_probes(probes, x.shape[1:]), num_probes, exact, doubling, tuple(correct), prior,
                    sigma_data, chunk, tf32)  # fmt: skip
     draw = as_draw(rng, x.detach())
@@ -255,7 +272,7 @@ def log_likelihood(
 
 
 def _check(
-    rev: Any, x: Any, correct: Collection[str], divergence: str, num_probes: int, chunk: int, check: bool
+    rev: Any, x: Any, correct: Collection[str], divergence: str, num_probes: int | None, chunk: int, check: bool
 ) -> SDE:
     if not isinstance(rev, ReverseSDE):
         raise TypeError(f"`rev` must be a ReverseSDE (model.reverse()), got {type(rev).__name__}.")
@@ -267,7 +284,7 @@ def _check(
     check_state("x", x)
     if check and not bool(torch.isfinite(x).all()):
         raise ValueError("`x` contains NaN or infinite values.")
-    check_trace_options(divergence, num_probes, chunk)
+    check_trace_options(divergence, 1 if num_probes is None else num_probes, chunk)
     if isinstance(correct, str) or any(c not in CORRECTIONS for c in correct):
         raise ValueError(f"`correct` must be a collection of {', '.join(CORRECTIONS)}, got {correct!r}.")
     return rev.law
@@ -294,6 +311,14 @@ class _Setup:
         knot = self.law.knot(self.law.t_min)
         network = ROUNDING * _roundoff(self.rev, x, self.tf32)
         return math.sqrt(x[0].numel()) * (network + torch.finfo(x.dtype).eps * math.exp(float(knot.half_log_snr)))
+
+    @property
+    def splits(self) -> tuple[int, ...]:
+        """Of the estimates at a knot: the pilot, and those after it."""
+        if self.exact:
+            return ()
+        pilot = min(self.num_probes, PILOT)
+        return (pilot, self.num_probes - pilot) if self.num_probes > pilot else (pilot,)
 
     def group(self, draw: Draw, *key: Any) -> Sequence[Tensor]:
         """The vectors of one estimate."""
@@ -430,7 +455,7 @@ def _fixed(
         raise ValueError(f"{type(solver).__name__} calls the network between the knots too: use joint=False.")
     tracer = Tracer(
         setup.rev, solver, setup.sigma_data, calls_at_knots if joint is None else joint, setup.chunk, batch_rows,
-        differentiable,
+        differentiable, setup.probes, setup.splits,
     )  # fmt: skip
     knots = ascending_knots(setup.law, grid, steps)
     kept = None if setup.exact or not setup.doubling else setup.group(draw, "kept")
@@ -443,7 +468,6 @@ def _fixed(
 
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         nodes = tracer.follow(x, knots, groups)
-        own = nodes.traces if setup.exact or kept is None else [t[:, :-1] for t in nodes.traces]
         log_prior = setup.log_prior(nodes.latent)
         terms = setup.terms(*nodes.ends)
     nfe = (nodes.calls + int(terms[1].slope != 0.0)) * setup.rev.nfe_per_call
@@ -451,11 +475,11 @@ def _fixed(
     changes: list[Tensor] = []
     kept_log_prob: Tensor | None = None
     if setup.doubling:
-        coarse = replace(tracer, differentiable=False, coarse=True)
+        coarse = replace(tracer, differentiable=False, coarse=True, splits=())
         only: Groups = None if kept is None else [kept]
 
         def total(n: Nodes) -> Tensor:
-            return setup.log_prior(n.latent).detach() + n.integral([t[:, -1].detach() for t in n.traces])
+            return setup.log_prior(n.latent).detach() + n.integral([t.values[:, -1].detach() for t in n.traces])
 
         with torch.no_grad():
             results = [total(nodes)]
@@ -466,7 +490,7 @@ def _fixed(
                 vjps += len(level.knots) * setup.products(x.shape[1:], 1)
                 results.append(total(level))
             changes = [results[0] - results[1], results[1] - results[2]]
-    sums = _Sums(setup, tracer, draw, nodes, own, log_prior, terms, changes, kept_log_prob, nfe, vjps, check)
+    sums = _Sums(setup, draw, nodes, log_prior, terms, changes, kept_log_prob, nfe, vjps, check)
     result = sums.likelihood()
     if keep and check and not differentiable:
         result._path = sums
@@ -475,13 +499,15 @@ def _fixed(
 
 @dataclass
 class _Sums:
-    """What a fixed-step result is put together from: trace estimates per knot, and all that stands beside them."""
+    """What a fixed-step result is put together from: trace estimates per knot, and all that stands beside them.
+
+    The first `PILOT` estimates are pooled for themselves: they decide how many a target takes, and once they have, they
+    are no part of the result any more (`settled`).
+    """
 
     setup: _Setup
-    tracer: Tracer
     draw: Draw
     nodes: Nodes
-    own: Sequence[Tensor]
     log_prior: Tensor
     terms: tuple[_Term, _Term]
     changes: Sequence[Tensor]
@@ -489,25 +515,32 @@ class _Sums:
     nfe: Any
     vjps: Any
     check: bool
-    mean: list[Tensor] = field(init=False)
-    square: list[Tensor] = field(init=False)
-    count: Any = field(init=False)
+    settled: bool = False
+    pilot: Pool = field(init=False)
+    rest: Pool = field(init=False)
 
     def __post_init__(self) -> None:
-        k = self.own[0].shape[1]
-        self.mean = [t.mean(1) for t in self.own]
-        away = [t.detach() - m.detach()[:, None] for t, m in zip(self.own, self.mean, strict=True)]
-        self.square = [a.square().sum(1) for a in away]
-        self.count = math.inf if self.setup.exact else float(k)
+        traces, splits = self.nodes.traces, self.setup.splits
+        self.pilot = Pool.of(traces, 0, splits[0], 0) if splits else Pool.exact(traces)
+        self.rest = Pool.of(traces, splits[0], sum(splits), 1) if len(splits) > 1 else Pool.empty(traces)
 
     def copy(self) -> _Sums:
         """Its own sums, the same trajectory."""
         b = len(self.log_prior)
         new = replace(self)
-        new.mean, new.square = list(self.mean), list(self.square)
-        new.count = torch.as_tensor(self.count, dtype=torch.float64).expand(b).clone()
+        new.pilot, new.rest = self.pilot.copy(), self.rest.copy()
         new.nfe, new.vjps = (torch.as_tensor(v).expand(b).clone() for v in (self.nfe, self.vjps))
         return new
+
+    @property
+    def pool(self) -> Pool:
+        """What the result rests on."""
+        if self.setup.exact:
+            return self.pilot
+        if self.settled:
+            return self.rest
+        none = isinstance(self.rest.count, float) and self.rest.count == 0.0
+        return self.pilot if none else self.pilot.joined(self.rest)
 
     def _weights(self) -> list[float]:
         """Of the traces in log_prob, corrections included."""
@@ -517,36 +550,18 @@ class _Sums:
                 weights[place] += term.slope
         return weights
 
-    def variance(self) -> tuple[Tensor, Tensor]:
-        """Variance of log_prob by the probes, (B,), and its degrees of freedom."""
-        total, squares = torch.zeros_like(self.square[0]), torch.zeros_like(self.square[0])
-        if isinstance(self.count, float):
-            if math.isinf(self.count):
-                return total, torch.full_like(total, math.inf)
-            if self.count == 1.0:
-                return torch.full_like(total, math.nan), total
-        count = self.count.to(total.device) if isinstance(self.count, Tensor) else self.count
-        for weight, square in zip(self._weights(), self.square, strict=True):
-            share = weight**2 * square / ((count - 1.0) * count)
-            total, squares = total + share, squares + share.square() / (count - 1.0)
-        dof = total.square() / squares
-        if isinstance(count, Tensor):
-            exact = torch.isinf(count)
-            total, dof = torch.where(exact, 0.0, total), torch.where(exact, math.inf, dof)
-        return total, dof
-
     def likelihood(self) -> Likelihood:
         """The result."""
-        setup, d = self.setup, self.nodes.latent[0].numel()
-        values = [term.at(self.mean[place]) for term, place in zip(self.terms, (0, -1), strict=True)]
-        log_prob = self.log_prior + self.nodes.integral(self.mean)
+        setup, d, pool = self.setup, self.nodes.latent[0].numel(), self.pool
+        values = [term.at(pool.means[place]) for term, place in zip(self.terms, (0, -1), strict=True)]
+        log_prob = self.log_prior + self.nodes.integral(pool.means)
         for name, value in zip(CORRECTIONS, values, strict=True):
             if name in setup.correct:
                 log_prob = log_prob + value
-        variance, dof = self.variance()
+        noise, dof = pool.variance(self._weights())
         b = len(log_prob)
-        precision = torch.full_like(variance, setup.rounding(self.nodes.states[0]))
-        change = torch.full_like(variance, math.nan)
+        precision = torch.full_like(noise, setup.rounding(self.nodes.states[0]))
+        change = torch.full_like(noise, math.nan)
         if self.changes:
             last, before = (c.abs() for c in self.changes)
             # of a method of order five the second halving leaves 1/32: a change that is small by chance is no bar
@@ -562,7 +577,7 @@ class _Sums:
         status = torch.where(finite, status, int(Status.NON_FINITE))
         nfe, vjps = (torch.as_tensor(v).expand(b) for v in (self.nfe, self.vjps))
         terms = [value.detach() for value in values]
-        result = [log_prob, variance.sqrt(), dof, change, *terms, precision, self.log_prior.detach()]
+        result = [log_prob, noise.sqrt(), dof, change, *terms, precision, self.log_prior.detach()]
         if self.check:
             result = [log_prob if v is log_prob and v.requires_grad else v.cpu() for v in result]
             status = status.cpu()
@@ -588,58 +603,64 @@ class _Sums:
 
     # --- more probes ---
     def reach(self, target: float) -> None:
-        """Add probes until every sample's standard error is below the target."""
+        r"""As many probes as a standard error of `target` takes, by the pilot, which is then left out.
+
+        With the variance V of one estimate by the pilot, of nu degrees of freedom, :math:`n = V / \mathrm{target}^2
+        \cdot \nu / (\nu - 2)`: the second factor is the mean of the true variance over V, so that the mean square
+        error, over what the pilot may say, is that of the target. Given the pilot, n is a number like any other and the
+        n new estimates know nothing of it: their mean is unbiased and their bar that of a sample of fixed size. A rule
+        that stops on the estimates it reports is neither: those stop that happen to agree (Anscombe 1953; the two
+        stages are Stein's, 1945, whose pooled mean is unbiased for normal estimates only).
+        """
         check_positive("target_se", target)
+        if self.setup.exact:
+            return
         shape = self.nodes.latent.shape[1:]
         most = math.prod(shape) // self.setup.probes.size(shape)  # estimates that cost as much as the exact trace
-        for _ in range(8):  # the first estimate of the spread may be off by much
-            variance, _ = self.variance()
-            short = variance.cpu() > target**2
-            single = self.count <= 1
-            if not bool((short | single).any()):
-                return
-            wanted = torch.where(single, 2.0, (self.count * variance.cpu() / target**2).ceil())
-            more = torch.where(short | single, wanted - self.count, 0.0).clamp(min=0.0)
-            # a sample's own number, rounded up above eight, so that few groups of samples share a call
-            more = torch.where(more > 8, 2.0 ** more.clamp(min=1.0).log2().ceil(), more)
-            self.add(torch.where(wanted >= most, math.inf, more))
+        self._grow(self.pilot, torch.full_like(self.pilot.count, float(PILOT)))
+        noise, dof = (v.cpu() for v in self.pilot.variance(self._weights()))
+        wanted = noise * self.pilot.count / target**2 / (1.0 - 2.0 / dof)
+        wanted = torch.nan_to_num(wanted, nan=0.0).clamp(min=float(FEWEST)).ceil()  # nan: failed, or exact already
+        # few different numbers, so that many samples share a call: 4, 6, 8, 12, 16, 24, 32 …
+        octave = 2.0 ** wanted.log2().floor()
+        rounded = torch.where(wanted > 1.5 * octave, 2.0 * octave, torch.where(wanted > octave, 1.5 * octave, octave))
+        self.settled = True
+        self._grow(self.rest, torch.where(wanted >= most, math.inf, rounded))
 
-    def add(self, more: Tensor) -> None:
-        """So many more estimates per knot for every sample; inf for the exact trace."""
-        more = more.double().cpu()
-        more = torch.where(torch.isinf(self.count), 0.0, more)
-        for n in sorted(set(more.tolist()) - {0.0}):
-            for start in sorted(set(self.count[more == n].tolist())):
-                rows = ((more == n) & (self.count == start)).nonzero().flatten()
-                self._add(rows, n, int(start))
+    def add(self, more: int) -> None:
+        """So many more estimates per knot for every sample."""
+        self._grow(self.rest, self.rest.count + more)
 
-    def _add(self, rows: Tensor, n: float, start: int) -> None:
-        nodes, setup = self.nodes, self.setup
+    def _grow(self, pool: Pool, wanted: Tensor) -> None:
+        """So many estimates per knot of every sample in a pool; inf for the exact trace."""
+        exact = torch.isinf(self.pilot.count) | torch.isinf(self.rest.count)
+        if bool((short := torch.isinf(wanted) & ~exact).any()):
+            self._measure(pool, short, math.inf, 0)
+        wanted = torch.where(exact | torch.isinf(wanted), 0.0, wanted)
+        while bool((short := pool.count < wanted).any()):
+            drawn = (self.pilot.count + self.rest.count)[short]
+            rows = short & (self.pilot.count + self.rest.count == drawn.min())
+            # those that need the fewest go as far as they must, the others with them
+            n = min(float((wanted - pool.count)[rows].min()), float(TOGETHER))
+            self._measure(pool, rows, n, int(drawn.min()))
+
+    def _measure(self, pool: Pool, which: Tensor, n: float, start: int) -> None:
+        """n estimates per knot for some samples, the first of them the start-th that is drawn there."""
+        nodes, setup, exact = self.nodes, self.setup, math.isinf(n)
+        rows = which.nonzero().flatten()
         at = rows.to(nodes.latent.device)
-        rev = setup.rev.select(at)
-        exact = math.isinf(n)
-        size = setup.probes.size(nodes.latent.shape[1:])
+        rev, traces = setup.rev.select(at), []
         for k, (knot, state) in enumerate(zip(nodes.knots, nodes.states, strict=True)):
             groups: Groups = None
             if not exact:
-                groups = [
-                    [v[at] for v in setup.group(self.draw, "probe", k, start + j)] for j in range(int(n))
-                ]
+                groups = [[v[at] for v in setup.group(self.draw, "probe", k, start + j)] for j in range(int(n))]
             with torch.no_grad():
-                _, traces = measure(rev, knot, state[at], groups, setup.chunk, False)
-            mean, square = self.mean[k].clone(), self.square[k].clone()
-            if exact:
-                mean[at], square[at] = traces[:, 0], 0.0
-            else:
-                new = traces.mean(1)
-                off = (traces - new[:, None]).square().sum(1)
-                total = start + n
-                gap = new - mean[at]
-                mean[at] = mean[at] + gap * (n / total)
-                square[at] = square[at] + off + gap.square() * (start * n / total)
-            self.mean[k], self.square[k] = mean, square
-        self.count[rows] = math.inf if exact else start + n
+                splits = () if exact else (int(n),)
+                _, found = measure(rev, knot, state[at], groups, setup.chunk, False, setup.probes, splits)
+            traces.append(found)
+        pool.put(rows, Pool.exact(traces) if exact else Pool.of(traces, 0, int(n), 0))
         self.nfe[rows] += len(nodes.knots) * setup.rev.nfe_per_call
+        size = setup.probes.size(nodes.latent.shape[1:])
         self.vjps[rows] += len(nodes.knots) * int(nodes.latent[0].numel() if exact else n * size)
 
 
@@ -652,7 +673,7 @@ def _failure(status: Tensor, nodes: Nodes) -> str:
     where = ""
     if code == Status.NON_FINITE:
         bad = [k for k, s, t in zip(nodes.knots, nodes.states, nodes.traces, strict=True)
-               if not bool(torch.isfinite(s[row]).all() & torch.isfinite(t[row]).all())]  # fmt: skip
+               if not bool(torch.isfinite(s[row]).all() & torch.isfinite(t.values[row]).all())]  # fmt: skip
         where = f" at t = {float(bad[0].t):.6g}" if bad else ""
     count = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
     return f"sample {row}{count} failed{where} ({code.name}): {code.sentence}"
@@ -663,12 +684,13 @@ def _failure(status: Tensor, nodes: Nodes) -> str:
 
 @dataclass
 class _LikelihoodField:
-    """d(y, log det)/du in a coordinate, from one network call; probes are kept along the path."""
+    """d(y, log det, shares of the elements in it)/du in a coordinate, from one network call; probes are kept."""
 
     rev: ReverseSDE
     coordinate: Coordinate
     groups: Groups
     chunk: int
+    probes: Probes
 
     def slopes(self, u: Tensor, leaves: Leaves) -> Leaves:
         y = leaves[0]
@@ -682,16 +704,17 @@ class _LikelihoodField:
             weights.extend(prediction.weights(*self.coordinate.slope(knot)))
             return prediction.raw
 
-        output, trace = value_and_traces(raw, x, self.groups, self.chunk)
+        output, traces = value_and_traces(raw, x, self.groups, self.chunk, law=self.probes)
         a, b = weights
         slope = rescale(x, a) + rescale(output, b)
         # the part of the slope that is linear in x has an exact trace: only the network's is estimated
         d = y[0].numel()
-        return slope, _column(scale) * (d * _column(a) + _column(b) * trace)
+        found = slope, _column(scale) * (d * _column(a) + _column(b) * traces.values)
+        return found if traces.shares is None else (*found, rescale(traces.shares, _column(scale * b)[..., None]))
 
     def select(self, rows: Tensor) -> _LikelihoodField:
         groups = None if self.groups is None else [[v[rows] for v in group] for group in self.groups]
-        return _LikelihoodField(self.rev.select(rows), self.coordinate, groups, self.chunk)
+        return replace(self, rev=self.rev.select(rows), groups=groups)
 
 
 def _adaptive(setup: _Setup, x: Tensor, tol: float, draw: Draw, max_steps: int) -> Likelihood:
@@ -701,20 +724,29 @@ def _adaptive(setup: _Setup, x: Tensor, tol: float, draw: Draw, max_steps: int) 
         groups = [setup.group(draw, "probe", k) for k in range(setup.num_probes)]
     k = 1 if groups is None else len(groups)
     start, stop = law.knot(law.t_min), law.knot(law.t_max)
-    field_ = _LikelihoodField(setup.rev, coordinate, groups, setup.chunk)
+    field_ = _LikelihoodField(setup.rev, coordinate, groups, setup.chunk, setup.probes)
     unit = torch.finfo(x.dtype).eps
 
     def run(tol: float) -> tuple[Any, Tensor, Tensor]:
+        """The integration, the latent, and log p by each probe up to what is added at the ends."""
         y = rescale(x, 1.0 / float(coordinate.scale(start)))
         log_det = torch.zeros(len(x), k, dtype=torch.float64, device=x.device)
         state = max(tol / 100.0, 4.0 * unit)
         places = float(coordinate.of(start)), float(coordinate.of(stop))
         tableau = TABLEAUX["dormand_prince"]
-        result = integrate(field_, *places, (y, log_det), tableau, (state, 1e-15), (state, tol), max_steps)
+        leaves: Leaves = (y, log_det)
+        rtol: tuple[float, ...] = (state, 1e-15)
+        atol: tuple[float, ...] = (state, tol)
+        if shared:  # the shares follow the steps of the others
+            shares = torch.zeros(len(x), k, d, dtype=x.dtype, device=x.device)
+            leaves, rtol, atol = (*leaves, shares), (*rtol, 0.0), (*atol, math.inf)
+        result = integrate(field_, *places, leaves, tableau, rtol, atol, max_steps)
         latent = rescale(result.leaves[0], float(coordinate.scale(stop)))
         return result, latent, setup.log_prior(latent)[:, None] + result.leaves[1]
 
     with torch.no_grad():
+        first, trace_0 = evaluate(setup.rev, start, x, groups, setup.chunk, law=setup.probes)
+        shared = trace_0.shares is not None
         result, latent, totals = run(tol)
         calls, status, change = result.calls, result.status, torch.full((len(x),), math.nan, dtype=torch.float64)
         if setup.doubling:
@@ -722,25 +754,26 @@ def _adaptive(setup: _Setup, x: Tensor, tol: float, draw: Draw, max_steps: int) 
             result, latent, totals = run(tol / 32.0)
             calls, status = calls + result.calls, result.status
             change = (totals.mean(1) - before).abs().cpu()
-        first, trace_0 = measure(setup.rev, start, x, groups, setup.chunk, False)
-        last, trace_1 = measure(setup.rev, stop, latent, groups, setup.chunk, False)
-        truncation, mismatch = setup.terms(first, last)
+        last, trace_1 = evaluate(setup.rev, stop, latent, groups, setup.chunk, law=setup.probes)
+        terms = setup.terms(first, last)
     scales = d * math.log(float(coordinate.scale(stop)) / float(coordinate.scale(start)))
-    ends = [t.constant[:, None] + t.slope * trace for t, trace in ((truncation, trace_0), (mismatch, trace_1))]
-    totals = totals + scales
-    for name, value in zip(CORRECTIONS, ends, strict=True):
+    totals, shares, ends = totals + scales, result.leaves[2] if shared else None, []
+    for name, term, trace in zip(CORRECTIONS, terms, (trace_0, trace_1), strict=True):
+        ends.append(term.constant[:, None] + term.slope * trace.values)
         if name in setup.correct:
-            totals = totals + value
-    totals = totals.cpu()
-    log_prob = torch.where(status == Status.OK, totals.mean(1), math.nan)
-    single = groups is not None and k == 1
-    spread = torch.full_like(log_prob, math.nan) if single else totals.std(1) if k > 1 else torch.zeros_like(log_prob)
-    extra = int(mismatch.slope != 0.0)  # the call at 0, without products
+            totals = totals + ends[-1]
+            shares = None if shares is None or trace.shares is None else shares + term.slope * trace.shares
+    log_prob = torch.where(status == Status.OK, totals.mean(1).cpu(), math.nan)
+    if groups is None:
+        trace_se, dof = torch.zeros_like(log_prob), torch.full_like(log_prob, math.inf)
+    else:
+        trace_se, dof = (v.cpu() for v in _kept_noise(Traces(totals, trace_0.signs, shares)))
+    extra = int(terms[1].slope != 0.0)  # the call at 0, without products
     calls = calls + 2 + extra
     return Likelihood(
         log_prob=log_prob,
-        trace_se=spread / math.sqrt(k),
-        trace_dof=torch.full_like(log_prob, math.inf if groups is None else k - 1.0),
+        trace_se=trace_se,
+        trace_dof=dof,
         discretization=change,
         truncation=ends[0].mean(1).cpu(),
         prior_mismatch=ends[1].mean(1).cpu(),
@@ -753,6 +786,15 @@ def _adaptive(setup: _Setup, x: Tensor, tol: float, draw: Draw, max_steps: int) 
         corrected=setup.correct,
         message=failure(result, coordinate, law),
     )
+
+
+def _kept_noise(traces: Traces) -> tuple[Tensor, Tensor]:
+    """Standard error of the mean over kept probes, and its degrees of freedom, (B,); nan for fewer than `KEPT`."""
+    k = traces.values.shape[1]
+    if k < KEPT:
+        return torch.full_like(traces.values[:, 0], math.nan), torch.zeros_like(traces.values[:, 0])
+    found = traces.squares(0, k)
+    return (variance(found) / (k * (k - 1.0))).sqrt(), found[:, 2]
 
 
 def _column(value: Any) -> Any:

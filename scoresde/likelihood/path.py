@@ -13,22 +13,36 @@ between two knots the integrand, as a function of lambda, is the cubic through t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scoresde.guidance import Wrapper
-from scoresde.likelihood.divergence import value_and_traces
+from scoresde.likelihood.divergence import Traces, value_and_traces
+from scoresde.likelihood.probes import Probes
 from sde_lib import SDE, Knot, Prediction, ReverseSDE
 from solvers import Angle, Grid, Solver, make_knots, solve
 from solvers.runge_kutta import rescale
 
 Groups = Sequence[Sequence[Tensor]] | None
 """Probe vectors of some estimates, or None for the exact trace."""
+
+
+class Estimates(NamedTuple):
+    """Trace estimates at a knot.
+
+    Attributes:
+        values: (B, K), or (B, 1) for the exact trace; float64.
+        squares: of each split of the estimates their `probes.squares`, (B, splits, 3).
+    """
+
+    values: Tensor
+    squares: Tensor
 
 
 @dataclass
@@ -41,7 +55,7 @@ class Nodes:
         ends: predictions at the first and the last knot.
         raw: weights of the trace of the raw output in that of the slope, times the quadrature's: host floats.
         constant: the part of the integral that is linear in the state, hence known.
-        traces: of the raw output, per knot: (B, K) estimates in float64.
+        traces: of the raw output, per knot.
         latent: the state at t_max, (B, *D).
         calls: network calls.
     """
@@ -51,7 +65,7 @@ class Nodes:
     ends: tuple[Prediction, Prediction]
     raw: list[float]
     constant: float
-    traces: list[Tensor]
+    traces: list[Estimates]
     latent: Tensor
     calls: int
 
@@ -110,10 +124,16 @@ def _cubic_weights(at: Sequence[float], a: float, b: float) -> list[float]:
     return out
 
 
-def measure(
-    rev: ReverseSDE, knot: Knot, x: Tensor, groups: Groups, chunk: int, differentiable: bool
-) -> tuple[Prediction, Tensor]:
-    """The prediction at x and traces of the raw output's Jacobian, (B, K), from one network call."""
+def evaluate(
+    rev: ReverseSDE,
+    knot: Knot,
+    x: Tensor,
+    groups: Groups,
+    chunk: int,
+    differentiable: bool = False,
+    law: Probes | None = None,
+) -> tuple[Prediction, Traces]:
+    """The prediction at x and traces of the raw output's Jacobian from one network call; see `value_and_traces`."""
     kinds: list[Any] = []
 
     def raw(state: Tensor) -> Tensor:
@@ -121,8 +141,26 @@ def measure(
         kinds.append(prediction.parameterization)
         return prediction.raw
 
-    value, traces = value_and_traces(raw, x, groups, chunk, differentiable)
+    value, traces = value_and_traces(raw, x, groups, chunk, differentiable, law)
     return Prediction(x, knot, value, kinds[0]), traces
+
+
+def measure(
+    rev: ReverseSDE,
+    knot: Knot,
+    x: Tensor,
+    groups: Groups,
+    chunk: int,
+    differentiable: bool = False,
+    law: Probes | None = None,
+    splits: Sequence[int] = (),
+) -> tuple[Prediction, Estimates]:
+    """`evaluate`, with the scatter in place of the shares: of the first splits[0] estimates, the next splits[1] …"""
+    prediction, traces = evaluate(rev, knot, x, groups, chunk, differentiable, law if splits else None)
+    ends = [0, *itertools.accumulate(splits)]
+    scatter = [traces.squares(low, high) for low, high in itertools.pairwise(ends)]
+    squares = torch.stack(scatter, 1) if scatter else traces.values.new_zeros(len(x), 0, 3)
+    return prediction, Estimates(traces.values, squares)
 
 
 class _Visitor(Wrapper):
@@ -159,6 +197,8 @@ class Tracer:
         differentiable: record graphs.
         coarse: a first-order last step to alpha = 0 in place of one of second order. The steps before are made longer
             by leaving out knots, and this one, which has none to leave out, would not change with them.
+        probes: law of the probes.
+        splits: of the estimates at a knot, see `measure`.
     """
 
     rev: ReverseSDE
@@ -169,6 +209,8 @@ class Tracer:
     batch_rows: int
     differentiable: bool = False
     coarse: bool = False
+    probes: Probes | None = None
+    splits: Sequence[int] = ()
     law: SDE = field(init=False)
 
     def __post_init__(self) -> None:
@@ -178,8 +220,8 @@ class Tracer:
     def follow(self, x: Tensor, knots: Sequence[Knot], groups: Callable[[int], Groups]) -> Nodes:
         """Run upward from x along `knots`, with traces by the probes `groups(k)` at knot k."""
 
-        def visit(k: int, knot: Knot, state: Tensor) -> tuple[Prediction, Tensor]:
-            return measure(self.rev, knot, state, groups(k), self.chunk, self.differentiable)
+        def visit(k: int, knot: Knot, state: Tensor) -> tuple[Prediction, Estimates]:
+            return self._measure(self.rev, knot, state, groups(k))
 
         visitor = _Visitor(self.rev, knots, visit if self.joint else None)
         options = {"grid": knots, "differentiable": self.differentiable, "check": False}
@@ -205,6 +247,9 @@ class Tracer:
             found[k] = known
         return self._nodes(knots, states, found, latent, visitor.calls + len(left))
 
+    def _measure(self, rev: ReverseSDE, knot: Knot, x: Tensor, groups: Groups) -> tuple[Prediction, Estimates]:
+        return measure(rev, knot, x, groups, self.chunk, self.differentiable, self.probes, self.splits)
+
     def _leave(self, x: Tensor, knot: Knot, prediction: Prediction, there: Prediction | None = None) -> Tensor:
         """From the last finite lambda to alpha = 0, one step along the angle, of length alpha / sigma: by the slope
         here (Euler), or by the mean with that of a prediction there (Heun)."""
@@ -217,7 +262,7 @@ class Tracer:
 
     def revisit(
         self, which: Sequence[int], knots: Sequence[Knot], states: Sequence[Tensor], groups: Callable[[int], Groups]
-    ) -> list[tuple[Prediction, Tensor]]:
+    ) -> list[tuple[Prediction, Estimates]]:
         """Predictions and traces at stored states: all independent, so several knots share a network call."""
         if not which:
             return []
@@ -228,23 +273,24 @@ class Tracer:
             part = which[low : low + together]
             if len(part) == 1:
                 k = part[0]
-                out.append(measure(self.rev, knots[k], states[k], groups(k), self.chunk, self.differentiable))
+                out.append(self._measure(self.rev, knots[k], states[k], groups(k)))
                 continue
             x = torch.cat([states[k] for k in part])
             times = torch.cat([torch.full((b,), float(knots[k].t), dtype=torch.float64, device=x.device) for k in part])
             rows = torch.arange(b, device=x.device).repeat(len(part))
             rev, knot = self.rev.select(rows), self.law.knot(times, x.ndim)
             vectors = _side_by_side([groups(k) for k in part])
-            prediction, traces = measure(rev, knot, x, vectors, self.chunk, self.differentiable)
-            for k, raw, trace in zip(part, prediction.raw.split(b), traces.split(b), strict=True):
-                out.append((Prediction(states[k], knots[k], raw, prediction.parameterization), trace))
+            prediction, traces = self._measure(rev, knot, x, vectors)
+            values, squares = (v.split(b) for v in traces)
+            for k, raw, v, s in zip(part, prediction.raw.split(b), values, squares, strict=True):
+                out.append((Prediction(states[k], knots[k], raw, prediction.parameterization), Estimates(v, s)))
         return out
 
     def _nodes(
         self,
         knots: Sequence[Knot],
         states: list[Tensor],
-        found: Sequence[tuple[Prediction, Tensor]],
+        found: Sequence[tuple[Prediction, Estimates]],
         latent: Tensor,
         calls: int,
     ) -> Nodes:

@@ -7,12 +7,14 @@ With S the symmetric part of J, the variance of one estimate is
 * signs in an orthogonal basis U: the first formula for :math:`U^T S U`, small where U nearly diagonalizes J, as the
   cosine basis does for images;
 * signs diluted over m colours: :math:`2 \sum_{i \ne j,\, c_i = c_j} S_{ij}^2`, at m products per estimate.
+
+`squares` says how this variance is measured from a few estimates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,11 @@ class Probes:
     def group(self, z: Tensor) -> list[Tensor]:
         """The vectors (B, *D) of one estimate from z, (B, *D) standard normal: the estimate is the sum over them."""
         raise NotImplementedError
+
+    def signs(self, v: Tensor) -> Tensor | None:
+        """A vector (B, *D) in the orthogonal basis in which those of `group` are independent signs (or 0, where another
+        of the group has its sign); None for a law without one."""
+        return None
 
     def size(self, shape: Sequence[int]) -> int:
         """How many vectors an estimate takes for states of shape D."""
@@ -47,6 +54,9 @@ class RademacherProbes(Probes):
 
     def group(self, z: Tensor) -> list[Tensor]:
         return [_signs(z)]
+
+    def signs(self, v: Tensor) -> Tensor:
+        return v
 
 
 @dataclass(frozen=True)
@@ -70,20 +80,26 @@ class _Rotated(Probes):
         if self.channels is not None:
             _check_orthogonal("channels", self.channels, shape[0])
 
-    def group(self, z: Tensor) -> list[Tensor]:
-        v, device = _signs(z), z.device
-        for axis in range(1, z.ndim):
-            n = z.shape[axis]
-            if axis > 1 or z.ndim == 2:
-                factor = self._matrix(n, device)
+    def _factors(self, shape: Sequence[int], device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """The dimensions of the batch that are transformed, and by what."""
+        for axis, n in enumerate(shape, 1):
+            if axis > 1 or len(shape) == 1:
+                yield axis, self._matrix(n, device)
             elif self.channels is not None:
-                factor = self.channels
+                yield axis, self.channels
             elif n == 3:
-                factor = cosine_matrix(3, device)
-            else:
-                continue
+                yield axis, cosine_matrix(3, device)
+
+    def group(self, z: Tensor) -> list[Tensor]:
+        v = _signs(z)
+        for axis, factor in self._factors(z.shape[1:], z.device):
             v = torch.movedim(torch.movedim(v, axis, -1) @ factor.to(v), -1, axis)
         return [v]
+
+    def signs(self, v: Tensor) -> Tensor:
+        for axis, factor in self._factors(v.shape[1:], v.device):
+            v = torch.movedim(torch.movedim(v, axis, -1) @ factor.to(v).T, -1, axis)
+        return v
 
 
 @dataclass(frozen=True)
@@ -139,6 +155,9 @@ class BasisProbes(Probes):
     def group(self, z: Tensor) -> list[Tensor]:
         return [(_signs(z).flatten(1) @ self.matrix.to(z)).reshape(z.shape)]
 
+    def signs(self, v: Tensor) -> Tensor:
+        return (v.flatten(1) @ self.matrix.to(v).T).reshape(v.shape)
+
 
 @dataclass(frozen=True)
 class DilutedProbes(Probes):
@@ -177,6 +196,9 @@ class DilutedProbes(Probes):
             colour = colour * period + along.reshape([-1 if a == axis else 1 for a in range(len(shape))])
         return [signs * (colour == c) for c in range(self.size(shape))]
 
+    def signs(self, v: Tensor) -> Tensor:
+        return v
+
 
 PROBES: Mapping[str, type[Probes]] = {
     "rademacher": RademacherProbes,
@@ -199,6 +221,57 @@ def as_probes(probes: Probes | str, shape: Sequence[int]) -> Probes:
         raise TypeError(f"`probes` must be a name or a Probes object, got {probes!r}.")
     probes.check(shape)
     return probes
+
+
+def squares(signs: Tensor, shares: Tensor) -> Tensor:
+    r"""What K estimates by signs say about the variance of one, (B, 3): two sums of squares, for `variance`, and the
+    degrees of freedom of the first.
+
+    With z the signs and :math:`d_i = z_i (J^T z)_i` the share of element i in the estimate :math:`\sum_i d_i`,
+
+    .. math:: \mathrm{Var}\, d_i = \sum_{j \ne i} J_{ji}^2, \qquad
+              \mathrm{Var} \sum_i d_i = 2 \sum_{i \ne j} S_{ij}^2 = 2 \sum_i \mathrm{Var}\, d_i - 2 \|A\|_F^2, \qquad
+              \|A\|_F^2 = E (z^T A z')^2,
+
+    S and A the symmetric and the antisymmetric part of J, z' other signs. So the variance is known from the scatter of
+    the D shares, in which the diagonal drops out, instead of that of their sum. Both are unbiased, but where few
+    directions rule, :math:`J \approx v v^T`, the sum is skew and has the kurtosis of a chi-square with one degree of
+    freedom, 15: the sample variance of K sums has :math:`2 / (2 / (K - 1) + 12 / K)` degrees of freedom, 0.5 for K = 4,
+    and falls with their mean, so that bars of the t-distribution miss. The scatter of the shares has K - 1 there, and
+    more where more directions matter. It is a quadratic form of M, the Jacobian without its diagonal: per estimate it
+    has the effective rank :math:`r = (\mathrm{tr} M^2)^2 / \mathrm{tr} M^4`, which :math:`\mathrm{tr} M^2 = E |M z|^2`
+    and :math:`\mathrm{tr} M^4 = E (z'^T M^2 z)^2` measure; it is at most the number of elements that take part,
+    :math:`(\sum_i e_i)^2 / \sum_i e_i^2` with :math:`e_i = \mathrm{Var}\, d_i`. Half of it is counted, for two elements
+    that are coupled to each other alone have two eigenvalues and but one sign. (The Jacobian of a score is symmetric, a
+    network's nearly.)
+
+    Args:
+        signs: z, (B, K, D).
+        shares: d, (B, K, D).
+    """
+    k = signs.shape[1]
+    away = shares - shares.mean(1, keepdim=True)
+    energy = away.square().sum(1, dtype=torch.float64)
+    both = 2.0 * energy.sum(1)
+    if k == 1:
+        return torch.zeros_like(both)[:, None].expand(-1, 3)
+    products = shares * signs
+    one, other = (products[:, :-1] * signs[:, 1:]).sum(2), (products[:, 1:] * signs[:, :-1]).sum(2)
+    skew = (0.5 * (one - other)).double().square().mean(1)
+    off = away * signs
+    gram = (off @ off.transpose(1, 2)).double().square()
+    norms = torch.diagonal(gram, dim1=1, dim2=2)
+    pairs = norms.sqrt().sum(1).square() - norms.sum(1)
+    tiny = torch.finfo(torch.float64).tiny
+    rank = pairs / (gram.sum((1, 2)) - norms.sum(1)).clamp(min=tiny)
+    rank = torch.minimum(rank, energy.sum(1).square() / energy.square().sum(1).clamp(min=tiny))
+    return torch.stack([both, 2.0 * (k - 1) * skew, (k - 1) * (0.5 * rank).clamp(1.0, signs.shape[2])], 1)
+
+
+def variance(squares: Tensor) -> Tensor:
+    """Of `squares` over K - 1: the variance of one estimate, (B,). The part of the antisymmetric is itself an estimate:
+    at most half is taken off, which is that of entries without any symmetry."""
+    return torch.maximum(squares[..., 0] - squares[..., 1], 0.5 * squares[..., 0])
 
 
 def cosine_matrix(n: int, device: torch.device | str = "cpu") -> Tensor:

