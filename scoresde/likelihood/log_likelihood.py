@@ -455,7 +455,7 @@ def _fixed(
         raise ValueError(f"{type(solver).__name__} calls the network between the knots too: use joint=False.")
     tracer = Tracer(
         setup.rev, solver, setup.sigma_data, calls_at_knots if joint is None else joint, setup.chunk, batch_rows,
-        differentiable, setup.probes, setup.splits,
+        differentiable, probes=setup.probes, splits=setup.splits,
     )  # fmt: skip
     knots = ascending_knots(setup.law, grid, steps)
     kept = None if setup.exact or not setup.doubling else setup.group(draw, "kept")
