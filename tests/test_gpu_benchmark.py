@@ -14,9 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # what a GPU machine may lack
 BLOCKED = """
 import sys
+MISSING = ("torchsde", "torchdiffeq", "ml_collections", "safetensors", "accelerate", "matplotlib")
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torchsde", "torchdiffeq", "ml_collections", "safetensors", "accelerate", "matplotlib"):
+        if name.split(".")[0] in MISSING:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Missing())
 """
