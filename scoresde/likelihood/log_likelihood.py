@@ -14,6 +14,7 @@ from torch import Tensor
 from scoresde.likelihood.divergence import CHUNK, Traces, check_trace_options, is_exact, value_and_traces
 from scoresde.likelihood.path import Groups, Nodes, Tracer, ascending_knots, evaluate, measure
 from scoresde.likelihood.pool import Pool
+from scoresde.likelihood.precision import allow_tf32
 from scoresde.likelihood.probes import Probes, as_probes, variance
 from sde_lib import SDE, Prediction, ReverseSDE
 from sde_lib._checks import check_positive, check_state
@@ -132,7 +133,7 @@ class Likelihood:
                 "Nothing is stored to refine: use fixed steps (steps=…), not `tol`, with keep=True and check=True."
             )
         path = self._path.copy()
-        with _memory(self.latent), _precision(path.setup.tf32):
+        with _memory(self.latent), allow_tf32(path.setup.tf32, self.latent.device):
             if target_se is not None:
                 path.reach(target_se)
             elif num_probes is not None:
@@ -248,7 +249,7 @@ def log_likelihood(
     setup = _Setup(rev, law, as_probes(probes, x.shape[1:]), num_probes, exact, doubling, tuple(correct), prior,
                    sigma_data, chunk, tf32)  # fmt: skip
     draw = as_draw(rng, x.detach())
-    with _memory(x), _precision(tf32):
+    with _memory(x), allow_tf32(tf32, x.device):
         if adaptive:
             for name, value in (("target_se", target_se), ("solver", solver), ("grid", grid), ("joint", joint)):
                 if value is not None:
@@ -397,23 +398,6 @@ def _roundoff(rev: ReverseSDE, x: Tensor, tf32: bool) -> float:
 
 ROUNDING = 16.0
 """Error of log p by rounding inside a network, in units of roundoff * sqrt(D): 5 to 17 were measured in bfloat16."""
-
-
-@contextlib.contextmanager
-def _precision(tf32: bool) -> Iterator[None]:
-    """TF32 as asked, and as it was afterwards."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        cudnn = torch.backends.cudnn
-        kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-        with cudnn.flags(**kept, allow_tf32=tf32):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager
