@@ -15,6 +15,7 @@ from sde_lib import NOISE_LEVELS, PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Pre
 from sde_lib import _math as m
 from sde_lib._checks import check_positive, check_state, options_of
 from sde_lib._math import Real
+from sde_lib.knot import compilable
 
 if TYPE_CHECKING:
     from solvers import Solver
@@ -293,10 +294,7 @@ class ScoreModel(nn.Module):
             if not bool(inside.all()):
                 wrong = times.reshape(-1)[~inside.reshape(-1)][0].item()
                 raise ValueError(f"t = {wrong} lies outside [{law.t_min}, {law.t_max}], where this model is defined.")
-        if isinstance(t, float) and torch.compiler.is_compiling():
-            # as a number every time would be a graph of its own, or a failed guard: `math` knows no symbols
-            t = x.new_full(x.shape[:1], t, dtype=torch.float64)
-        return self.predict(x, law.knot(t, ndim=x.ndim), **condition)
+        return self.predict(x, law.knot(compilable(t, x), ndim=x.ndim), **condition)
 
     def loss(self, data: Tensor, *, rng: torch.Generator | None = None, **options: Any) -> Tensor:
         """Denoising score matching on a batch: the scalar that a training loop minimises.

@@ -160,6 +160,17 @@ class Knot:
         )
 
 
+def compilable(t: Any, x: Tensor) -> Any:
+    """A time, as a (B,) tensor if it is a number and the call is being compiled.
+
+    Coefficients of a number come from `math`, which knows no symbols: every time would be a graph of its own, or a
+    failed guard.
+    """
+    if isinstance(t, float) and torch.compiler.is_compiling():
+        return x.new_full(x.shape[:1], t, dtype=torch.float64)
+    return t
+
+
 _WIDE = (torch.float32, torch.float64)
 
 DATA = Knot(t=0.0, alpha=1.0, sigma=0.0, half_log_snr=math.inf, label=-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sde_lib._checks import lookup
-from sde_lib.knot import Knot, Law
+from sde_lib.knot import Knot, Law, compilable
 from sde_lib.noise_levels import NOISE_LEVELS
 from sde_lib.prediction import PARAMETERIZATIONS, Parameterization, Prediction
 
@@ -84,7 +84,7 @@ class ReverseSDE(Reverse):
 
     def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:
         """Evaluate the network at state x, shape (B, *D), and a knot (or a time, () or (B,))."""
-        knot = t if isinstance(t, Knot) else self.law.knot(t, ndim=x.ndim)
+        knot = t if isinstance(t, Knot) else self.law.knot(compilable(t, x), ndim=x.ndim)
         if torch.compiler.is_compiling() or x.is_inference():  # neither counts changes
             return Prediction(x, knot, self.network(x, knot, **self.condition), self.parameterization)
         before = x._version

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -130,14 +132,15 @@ def test_the_flow_starts_from_pure_noise_in_one_graph(device):
         torch.testing.assert_close(compiled, run(x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["vp", "flow"])
-def test_a_model_takes_any_number_as_its_time_in_two_graphs(name):
+@pytest.mark.parametrize(("name", "kind"), [("vp", "model"), ("flow", "model"), ("vp", "reverse")])
+def test_a_model_takes_any_number_as_its_time_in_two_graphs(name, kind):
     """One for the first time, one for all others: a graph each would end at PyTorch's limit, or in a failed guard."""
     law = SDES[name]()
-    model = ScoreModel(MLP((2,)), law, "v").eval()
+    model: Any = ScoreModel(MLP((2,)), law, "v").eval()
+    model = model if kind == "model" else model.reverse()
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x, t: model(x, t), fullgraph=True, backend="eager")
     with torch.no_grad():
         for t in (0.5, 0.25, 0.75, 0.125, 0.9, 0.2):
             # coefficients in float64 on either side, rounded once to the state's float32
