@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import SDE, Chain, Knot
+from sde_lib._checks import check_state
 
 if TYPE_CHECKING:
     from scoresde.score_model import ScoreModel
@@ -80,12 +81,14 @@ def continuous_loss(
         log_sigma_std: likewise.
 
     Raises:
-        ValueError: for a chain, unknown option values, or shapes that do not match.
+        TypeError: for an `x_0` that is no floating-point tensor.
+        ValueError: for a chain, unknown option values, times outside the law's, or shapes that do not match.
     """
-    law = model.law
+    law = getattr(model, "law", None)
     if not isinstance(law, SDE):
-        raise ValueError("continuous_loss needs a model on an SDE; this one lives on a chain: use chain_loss.")
-    _check(x_0, weighting, WEIGHTINGS, reduce, noise)
+        lives = "this one lives on a chain: use chain_loss" if isinstance(law, Chain) else f"got {type(model).__name__}"
+        raise ValueError(f"continuous_loss needs a ScoreModel on an SDE; {lives}.")
+    _check(x_0, weighting, WEIGHTINGS, reduce, noise, rng)
     if times not in TIMES:
         raise ValueError(f"`times` must be one of {', '.join(TIMES)}, got {times!r}.")
     if times == "lognormal" and (weighting == "likelihood" or not log_sigma_std > 0.0):
@@ -106,8 +109,8 @@ def continuous_loss(
                 lam = -(log_sigma_mean + log_sigma_std * torch.special.ndtri(u.clamp(1e-9, 1.0 - 1e-9)))
                 lam = lam.clamp(float(last.half_log_snr), float(first.half_log_snr))
             t = law.time_at(lam).clamp(t_min, t_max)  # the inverse is exact up to rounding
-    elif t.shape != x_0.shape[:1]:
-        raise ValueError(f"`t` must have shape ({x_0.shape[0]},), got {tuple(t.shape)}.")
+    else:
+        _check_times(t, x_0, law)
     knot = law.knot(t, ndim=x_0.ndim)
     square = _square_error(model, x_0, knot, weighting, noise, rng, condition)
     per_sample = _reduce(square, reduce)
@@ -154,10 +157,11 @@ def chain_loss(
     Raises:
         ValueError: for a model on an SDE, unknown option values, or shapes that do not match.
     """
-    law = model.law
+    law = getattr(model, "law", None)
     if not isinstance(law, Chain):
-        raise ValueError("chain_loss needs a model on a chain (law=sde.discretize(n)); use continuous_loss.")
-    _check(x_0, weighting, ("uniform", "raw"), reduce, noise)
+        lives = "this one lives on an SDE: use continuous_loss" if law is not None else f"got {type(model).__name__}"
+        raise ValueError(f"chain_loss needs a ScoreModel on a chain (law=sde.discretize(n)); {lives}.")
+    _check(x_0, weighting, ("uniform", "raw"), reduce, noise, rng)
     if index is None:
         u = _lattice(x_0, rng) if stratified else _draw(torch.rand, (x_0.shape[0],), x_0, rng, torch.float64)
         index = (u * law.n).long().clamp(max=law.n - 1)
@@ -168,15 +172,31 @@ def chain_loss(
     return Loss(per_sample.mean(), per_sample, index)
 
 
-def _check(x_0: Tensor, weighting: str, weightings: tuple[str, ...], reduce: str, noise: Tensor | None) -> None:
-    if x_0.ndim < 2 or x_0.shape[0] == 0 or not x_0.is_floating_point():
-        raise ValueError(f"`x_0` must be floating point of shape (B, *D), got {x_0.dtype} {tuple(x_0.shape)}.")
+def _check(
+    x_0: Tensor, weighting: str, weightings: tuple[str, ...], reduce: str, noise: Tensor | None, rng: Any
+) -> None:
+    check_state("x_0", x_0)
+    if x_0.ndim < 2:
+        raise ValueError(f"`x_0` must have shape (B, *D), got {tuple(x_0.shape)}.")
+    if rng is not None and not isinstance(rng, torch.Generator):
+        raise TypeError(f"`rng` must be a torch.Generator, or None, got {type(rng).__name__}.")
     if weighting not in weightings:
         raise ValueError(f"`weighting` must be one of {', '.join(weightings)}, got {weighting!r}.")
     if reduce not in REDUCTIONS:
         raise ValueError(f"`reduce` must be one of {', '.join(REDUCTIONS)}, got {reduce!r}.")
     if noise is not None and noise.shape != x_0.shape:
         raise ValueError(f"`noise` must have the shape of x_0, {tuple(x_0.shape)}, got {tuple(noise.shape)}.")
+
+
+def _check_times(t: Tensor, x_0: Tensor, law: SDE) -> None:
+    if not isinstance(t, Tensor) or t.shape != x_0.shape[:1]:
+        shape = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+        raise ValueError(f"`t` must be a tensor of shape ({x_0.shape[0]},), got {shape}.")
+    # a look at times on an accelerator would wait for it; a float32 end is taken for the law's own
+    if t.device.type == "cpu" and not torch.compiler.is_compiling():
+        inside = (t >= law.t_min * (1 - 1e-6)) & (t <= law.t_max * (1 + 1e-6))
+        if not bool(inside.all()):
+            raise ValueError(f"`t` must lie in [{law.t_min}, {law.t_max}], got {t[~inside][0].item()}.")
 
 
 def _draw(fn: Any, shape: Any, like: Tensor, rng: torch.Generator | None, dtype: torch.dtype) -> Tensor:

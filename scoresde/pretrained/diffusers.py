@@ -40,7 +40,10 @@ def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     size = c.get("sample_size")
     if size is None:
         raise MismatchError("config.json has no `sample_size`: pass size=… (the side of the images).")
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    sides = [size, size] if isinstance(size, int) else list(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise MismatchError(f"`sample_size` must be an int > 0, or two, got {size!r}.")
+    height, width = sides
     kinds = {re.sub(r"^Attn|(Down|Up)Block2D$", "", k) for k in (*c["down_block_types"], *c["up_block_types"])}
     skip = kinds == {"Skip"}
     wanted: dict[str, tuple[Any, ...]] = {

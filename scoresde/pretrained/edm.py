@@ -14,7 +14,7 @@ from scoresde.networks import ADM
 from scoresde.networks.blocks import Outlet, Stage
 from scoresde.networks.embeddings import FourierEmbedding
 from scoresde.networks.unet import Down, UNet
-from scoresde.pretrained.mapping import Entry, Names, convert, stacked, swapped, with_null
+from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, stacked, swapped, with_null
 
 # buffers: resampling filters, and the level table of the iDDPM preconditioner
 _IGNORED = ("resample_filter", "u", "sigma_min", "sigma_max")
@@ -26,10 +26,16 @@ def is_edm(state: Mapping[str, Any]) -> bool:
 
 
 def architecture(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """("ncsnpp" or "adm", constructor's options), read from the names and shapes: all but dropout follows from them."""
+    """("ncsnpp" or "adm", constructor's options), read from the names and shapes: all but dropout follows from them.
+
+    Raises:
+        MismatchError: for a first convolution that is none.
+    """
     state = _bare(state)
     sides = sorted({int(m[1]) for n in state if (m := re.match(r"enc\.(\d+)x\d+_", n))}, reverse=True)
     first = state[f"enc.{sides[0]}x{sides[0]}_conv.weight"]
+    if first.ndim != 4:
+        raise MismatchError(f"The first convolution must have a weight of four dimensions, got {tuple(first.shape)}.")
     channels, data = first.shape[:2]
     blocks = len({n.split(".")[1] for n in state if n.startswith(f"enc.{sides[0]}x{sides[0]}_block")})
     width = [state[f"enc.{s}x{s}_block0.conv1.weight"].shape[0] for s in sides]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from scoresde.networks import NETWORKS
 from scoresde.pretrained import diffusers, dit, edm, guided_diffusion, schedules, score_sde
@@ -46,6 +47,7 @@ def load_pretrained(
     new_attention_order: bool | None = None,
     continuous: bool = False,
     device: str | torch.device = "cpu",
+    progress: bool | None = None,
 ) -> ScoreModel:
     """A score model from a published checkpoint, in evaluation mode: the format is recognised by what the file holds.
 
@@ -75,6 +77,7 @@ def load_pretrained(
         continuous: for models of discrete chains: the SDE through the chain's levels, for likelihoods and adaptive
             solvers. The network sees times between the levels that it was trained on.
         device: where the model goes.
+        progress: a bar that says what is being done; on a terminal by default.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
@@ -83,31 +86,62 @@ def load_pretrained(
             counterpart here.
         ValueError: for an unknown format, or where the file does not say enough; the message says which option to give.
     """
-    from scoresde.storage import load_model
+    from scoresde.storage import load_model, usable_device
 
+    if not isinstance(path, str | Path):
+        raise TypeError(f"`path` must be a path, got {type(path).__name__}.")
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"No such file or folder: {path}")
-    own = _own(path)
-    if own is not None:
-        return load_model(own, ema, device)
-    stored = None if path.is_dir() else _read(path)
-    if stored is None:
-        found = _diffusers(path, size)
-    elif score_sde.is_checkpoint(stored):
-        found = _score_sde(stored, path, config, overrides, ema)
-    elif edm.is_edm(state := _tensors(stored, path)):
-        found = _edm(state, preconditioning)
-    elif guided_diffusion.is_guided_diffusion(state):
-        found = _guided_diffusion(state, size, schedule, heads, new_attention_order)
-    elif dit.is_dit(state):
-        found = _dit(state, size)
-    else:
-        raise ValueError(
-            f"{path} holds tensors in no known format (first: {', '.join(list(state)[:3])}). Known are scoresde, "
-            "score_sde_pytorch, EDM, guided-diffusion, diffusers (a folder) and DiT."
-        )
-    return _ready(found, continuous, device)
+    device = usable_device(device)
+    disable = None if progress is None else not progress
+    with tqdm(total=3, desc=path.name, leave=False, disable=disable, bar_format="{desc}: {postfix} {bar}") as bar:
+        bar.set_postfix_str("reading")
+        own = _own(path)
+        if own is not None:
+            given = {"config": config, "preconditioning": preconditioning, "size": size, "schedule": schedule}
+            _check_unused(path, {**given, "heads": heads, "overrides": overrides or None})
+            return load_model(own, ema, device)
+        with _readable(path):
+            stored = None if path.is_dir() else _read(path)
+            if stored is None:
+                found = _diffusers(path, size)
+            elif score_sde.is_checkpoint(stored):
+                found = _score_sde(stored, path, config, overrides, ema)
+            elif edm.is_edm(state := _tensors(stored, path)):
+                found = _edm(state, preconditioning)
+            elif guided_diffusion.is_guided_diffusion(state):
+                found = _guided_diffusion(state, size, schedule, heads, new_attention_order)
+            elif dit.is_dit(state):
+                found = _dit(state, size)
+            else:
+                raise ValueError(
+                    f"{path} holds tensors in no known format (first: {', '.join(list(state)[:3])}). Known are "
+                    "scoresde, score_sde_pytorch, EDM, guided-diffusion, diffusers (a folder) and DiT."
+                )
+            model = _ready(found, continuous, bar)
+    return model.to(device)
+
+
+def _check_unused(path: Path, options: Mapping[str, Any]) -> None:
+    """Raise if an option was given that files of this library's own have no use for: it would change nothing."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{path} is a model of this library, which says everything itself: leave `{given[0]}` away.")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """A file may hold anything under the names of a format, so that reading it may fail in any way: one sentence."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError) as error:
+        from scoresde.storage import CheckpointError
+
+        raise CheckpointError(
+            f"{path} looks like a published checkpoint, but its contents are not those of one "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): copy the file again."
+        ) from error
 
 
 def from_edm_pickle(path: str | Path, continuous: bool = False) -> ScoreModel:
@@ -115,18 +149,28 @@ def from_edm_pickle(path: str | Path, continuous: bool = False) -> ScoreModel:
     from scoresde.pretrained import edm_pickle
 
     state, preconditioning = edm_pickle.read(path)
-    return _ready(_edm(state, preconditioning), continuous, "cpu")
+    return _ready(_edm(state, preconditioning), continuous)
 
 
-def _ready(found: _Found, continuous: bool, device: str | torch.device) -> ScoreModel:
+def _ready(found: _Found, continuous: bool, bar: Any = None) -> ScoreModel:
     plain = _continuous(found.config) if continuous else found.config
+    _stage(bar, "converting")
+    with torch.device("meta"):  # names and shapes are compared before memory is taken
+        network = build(NETWORKS, plain["network"], "network")
+    state = found.convert(network)
+    _stage(bar, "building")
     model = ScoreModel.from_config(plain)
-    state = found.convert(model.network)
     floating = {value.dtype for value in state.values() if value.is_floating_point()}
     if len(floating) == 1:
         model = model.to(floating.pop())
     model.network.load_state_dict(state)
-    return model.to(device).eval()
+    return model.eval()
+
+
+def _stage(bar: Any, name: str) -> None:
+    if bar is not None:
+        bar.set_postfix_str(name, refresh=False)
+        bar.update()
 
 
 def _continuous(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,7 +306,7 @@ def _diffusers(path: Path, size: int | None) -> _Found:
     folder = path / "unet" if (path / "unet" / "config.json").is_file() else path
     if not (folder / "config.json").is_file():
         raise ValueError(f"{path} is a folder without a scoresde checkpoint and without a diffusers config.json.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _section(folder / "config.json")
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise MismatchError(f"{folder} holds a {config['_class_name']}; read are folders of UNet2DModel.")
     if size is not None:
@@ -298,11 +342,21 @@ def _diffusers(path: Path, size: int | None) -> _Found:
     return _Found(_model("unet", options, sde, levels=n, label="index", parameterization=kinds[kind]), convert)
 
 
+def _section(path: Path) -> dict[str, Any]:
+    """A configuration of diffusers."""
+    from scoresde.storage import CheckpointError
+    from scoresde.storage.files import read_json
+
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must hold a mapping of options, got {type(found).__name__}.")
+    return found
+
+
 def _scheduler(path: Path, folder: Path) -> dict[str, Any]:
     for file in (path / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         if file.is_file():
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            return found
+            return _section(file)
     return {}  # DDPM's defaults: 1000 levels, linear betas, noise
 
 

@@ -58,10 +58,13 @@ def network_tensors(stored: Any, path: str, ema: bool = True) -> dict[str, Tenso
     """`read_checkpoint` of what a file holds."""
     if not is_checkpoint(stored):
         raise ValueError(f"{path} is not a checkpoint of score_sde_pytorch: it has no `model` and `ema`.")
-    state = {k.removeprefix("module."): v for k, v in stored["model"].items()}
+    model, ema_state = stored["model"], stored["ema"]
+    shadows = ema_state.get("shadow_params") if isinstance(ema_state, dict) else None
+    if not isinstance(model, Mapping) or not model or not isinstance(shadows, list):
+        raise ValueError(f"{path} has `model` and `ema`, but not the tensors of score_sde_pytorch in them.")
+    state = {k.removeprefix("module."): v for k, v in model.items()}
     if not ema:
         return state
-    shadows = stored["ema"]["shadow_params"]
     names = [k for k in state if k != "sigmas" and k != "all_modules.0.W"]
     if len(names) != len(shadows) or any(state[k].shape != v.shape for k, v in zip(names, shadows, strict=False)):
         raise ValueError(f"{path}: {len(shadows)} averaged tensors do not match the {len(names)} parameters.")

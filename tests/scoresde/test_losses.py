@@ -276,8 +276,17 @@ def test_bad_arguments_are_named():
         chain_loss(exact(law), x_0)
     with pytest.raises(ValueError, match="index"):
         chain_loss(exact(law.discretize(100)), x_0, index=torch.zeros(4))
-    with pytest.raises(ValueError, match="floating"):
+    with pytest.raises(TypeError, match="floating"):
         continuous_loss(exact(law), torch.zeros(4, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match="tensor"):
+        continuous_loss(exact(law), [[0.0]])
+    with pytest.raises(TypeError, match="Generator"):
+        continuous_loss(exact(law), x_0, rng=0)
+    with pytest.raises(ValueError, match="NoneType"):
+        continuous_loss(None, x_0)
+    for t in (0.0, 7.0, math.nan):
+        with pytest.raises(ValueError, match="must lie in"):
+            continuous_loss(exact(law), x_0, t=torch.tensor([0.5, t, 0.5, 0.5]))
 
 
 # --- against score_sde_pytorch ----------------------------------------------------------------------------------------

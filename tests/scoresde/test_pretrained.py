@@ -11,6 +11,7 @@ import types
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from scoresde import (
@@ -573,6 +574,47 @@ def test_unknown_things_are_refused(tmp_path):
     (tmp_path / "empty" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
     with pytest.raises(MismatchError, match="AutoencoderKL"):
         load_pretrained(tmp_path / "empty")
+
+
+def write_folder(path, text):
+    path.mkdir()
+    (path / "config.json").write_text(text)
+    safetensors.torch.save_file({"conv_in.weight": torch.zeros(1)}, path / "weights.safetensors")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"block_out_channels": (2**20, 2**20)}, MismatchError, "does not fit"),  # 40 TB, were they taken
+        ({"block_out_channels": "ab"}, CheckpointError, "contents are not those"),
+        ({"sample_size": "8"}, MismatchError, "`sample_size` must be an int"),
+        (None, CheckpointError, "must hold a mapping"),
+    ],
+)
+def test_folders_of_nonsense(tmp_path, change, error, words):
+    content = [] if change is None else {**FOLDERS["ddpm"], "sample_size": 16, **change}
+    with pytest.raises(error, match=words):
+        load_pretrained(write_folder(tmp_path / "folder", json.dumps(content)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"model": 3, "ema": 4}, {"model": {}, "ema": {}}, {"enc.8x8_conv.weight": torch.zeros(1)}],
+)
+def test_files_of_nonsense(tmp_path, content):
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"not the tensors|four dimensions"):
+        load_pretrained(tmp_path / "x.pth", preconditioning="edm")
+
+
+def test_options_that_would_change_nothing_are_refused(tmp_path):
+    save_model(small_model(), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="leave `config` away"):
+        load_pretrained(tmp_path / "m.safetensors", config="vp/cifar10_ddpmpp")
+    with pytest.raises(ValueError, match="Cannot use device"):
+        load_pretrained(tmp_path / "m.safetensors", device="gpu")
+    load_pretrained(tmp_path / "m.safetensors", progress=True)
 
 
 def hollow(name, path):
