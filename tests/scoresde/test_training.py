@@ -306,7 +306,7 @@ def test_files_of_a_run(tmp_path):
         ("sampling.n=0", r"sampling\.n"),
         ("sampling.guidance=nan", "guidance"),
         ("sampling.guidance=2", "classes"),
-        ("sampling.grid.karras.rho=nan", "rho"),
+        ("sampling.grid.blended.mix=nan", "mix"),
         ("sampling.solver.heun.s_churn=nan", "s_churn"),
         ("training.eval_samples=0", "eval_samples"),
         ("training.learning_rate=nan", "learning_rate"),
