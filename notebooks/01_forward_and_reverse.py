@@ -34,6 +34,7 @@ import scoresde
 from scoresde import DDIM, MLP, VPSDE, Ancestral, EulerMaruyama, GaussianMixture, Heun, ScoreModel
 from solvers import Recorded
 
+plt.style.use("scoresde.scoresde")  # the look of the library's own pictures
 torch.manual_seed(0)
 torch.set_num_threads(1)
 
@@ -60,9 +61,12 @@ grid = torch.linspace(-3.5, 3.5, 300, dtype=torch.float64)[:, None]
 density = torch.stack([data.log_prob(grid, sde.knot(float(t))).exp() for t in times[::8]], 1)
 plt.figure(figsize=(8, 3))
 plt.imshow(density.sqrt(), extent=(0, 1, -3.5, 3.5), origin="lower", aspect="auto", cmap="Blues")
-plt.plot(times, paths[:, :12], lw=0.7, color="tab:orange")
-plt.xlabel("t"), plt.ylabel("x"), plt.title("the forward SDE: density (blue) and twelve paths")
+plt.plot(times, paths[:, :12], lw=0.7, color="C1")
+plt.grid(False), plt.xlabel("time t"), plt.ylabel("x (data units)")
 plt.show()
+
+# %% [markdown]
+# Blue is the density $p_t$ (its square root, so that the tails are seen), orange are twelve paths.
 
 # %% [markdown]
 # The kernels compose: walking in 399 steps or jumping at once gives the same law.
@@ -77,7 +81,8 @@ assert abs(walked - jump.scale) < 1e-12
 # ## 2. The reverse
 #
 # With the score $\nabla\log p_t$ the process runs backward, as an SDE or as the deterministic probability-flow ODE.
-# `data.reverse(sde)` is the exact reverse. Solvers plug into it; all of them below start from the same prior draw.
+# `data.reverse(sde)` is the exact reverse. Solvers plug into it; all of them below start from the same prior draw, and
+# take their steps on the grid that is named, or on the default one, `Blended`, which crowds them where the data appear.
 
 # %%
 rev = data.reverse(sde)
@@ -91,13 +96,14 @@ figure, axes = plt.subplots(1, len(runs), figsize=(11, 2.4), sharey=True)
 truth = data.log_prob(grid).exp()
 for axis, (name, (solver, options)) in zip(axes, runs.items(), strict=True):
     samples = scoresde.sample(rev, (20_000, 1), solver, rng=1, **options)
-    axis.hist(samples.x[:, 0], bins=120, range=(-3, 3), density=True, color="tab:orange")
+    axis.hist(samples.x[:, 0], bins=120, range=(-3, 3), density=True, color="C1")
     axis.plot(grid, truth, "k", lw=0.8)
-    axis.set_title(f"{name}, {int(samples.nfe[0])} calls", fontsize=9)
+    axis.set_xlabel(f"x after {name},\n{int(samples.nfe[0])} calls")
     # the weights of the modes, with their binomial standard error
     share = float((samples.x < -0.8).float().mean())
     error = math.sqrt(0.3 * 0.7 / 20_000)
     assert abs(share - 0.3) < 4 * error + 0.01, (name, share)
+axes[0].set_ylabel("density")
 plt.show()
 
 # %% [markdown]
@@ -129,10 +135,10 @@ def side_by_side(n, batch=4000):
 chain, sde_times, ddpm, em = side_by_side(1000)
 print("betas:", chain.betas[0].item(), "...", chain.betas[-1].item())
 plt.figure(figsize=(8, 3))
-plt.plot(sde_times, ddpm.trajectory[:, :8, 0], lw=1.6, color="tab:blue", alpha=0.6)
-plt.plot(sde_times, em.trajectory[:, :8, 0], lw=0.6, color="k")
-plt.gca().invert_xaxis(), plt.xlabel("t"), plt.ylabel("x")
-plt.title("DDPM (blue) and Euler-Maruyama (black) on the same noise, 1000 steps")
+ours = plt.plot(sde_times, ddpm.trajectory[:, :8, 0], lw=1.6, color="C0", alpha=0.6)
+theirs = plt.plot(sde_times, em.trajectory[:, :8, 0], lw=0.6, color="k")
+plt.gca().invert_xaxis(), plt.xlabel("time t"), plt.ylabel("x (data units)")
+plt.legend([ours[0], theirs[0]], ["DDPM, 1000 steps", "Euler-Maruyama on the same noise"])
 plt.show()
 
 differences = {}
@@ -196,11 +202,10 @@ learned = scoresde.log_likelihood(model.reverse(), points, divergence="exact", s
 panels = {"truth": toy.log_prob(points.double(), knot), "model, by the ODE": learned.log_prob}
 for axis, (name, log_p) in zip(axes[:2], panels.items(), strict=True):
     axis.imshow(log_p.exp().reshape(60, 60).T, origin="lower", extent=(-1.8, 1.8, -1.8, 1.8), cmap="Blues")
-    axis.set_title(name)
+    axis.grid(False), axis.set_xlabel(f"$x_1$; density: {name}"), axis.set_ylabel("$x_2$")
 axes[2].scatter(exact, result.log_prob, s=3)
 axes[2].plot([-6, 0], [-6, 0], "k", lw=0.6)
-axes[2].set_xlabel("exact log p"), axes[2].set_ylabel("model's log p")
-plt.tight_layout()
+axes[2].set_xlabel("exact log p (nats)"), axes[2].set_ylabel("the model's log p (nats)")
 plt.show()
 
 cell = float(side[1] - side[0]) ** 2

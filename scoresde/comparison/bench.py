@@ -112,7 +112,7 @@ class Bench:
         return [slice(i, min(i + self.batch_size, self.n)) for i in range(0, self.n, self.batch_size)]
 
     def seeds(self, repetition: int) -> list[int]:
-        """One per sample: neighbouring numbers, from a place that the seed and the repetition decide."""
+        """One per sample: consecutive numbers, the first of which is a hash of the seed and the repetition."""
         word = f"compare {self.seed} {repetition}".encode()
         base = int.from_bytes(hashlib.blake2b(word, digest_size=7).digest(), "little")
         return [base + i for i in range(self.n)]
@@ -145,7 +145,7 @@ class Bench:
         return self.grid if entry.grid is None else entry.grid
 
     def check_start(self, solver: Solver, grid: GridLike) -> None:
-        """Prior draws stand for p at t_max only."""
+        """Refuse a grid that does not start at t_max, where the prior's draws belong, unless there are given starts."""
         if self.start is not None or not self.law.has_time:
             return
         steps = 1 if isinstance(grid, str | Grid) else None
@@ -194,9 +194,9 @@ class Bench:
         return solution, watched
 
     def probe(self) -> list[float]:
-        """What the network answers to the prior's draws in the middle of time: tells one problem from another.
+        """Some outputs of the network, for the prior's draws at the middle of time: they tell one problem from another.
 
-        Also the one call of the whole batch before any clock runs: allocations, thread pools.
+        It is also the first call of a whole batch, before any run is timed: memory and threads are allocated here.
 
         Raises:
             ValueError: if it is not finite.
@@ -211,7 +211,7 @@ class Bench:
 
 
 def integers(name: str, values: Any) -> list[int]:
-    """The values without repetitions, in order; every one an int >= 1."""
+    """The distinct values in their order, after a check that they are ints >= 1."""
     if isinstance(values, int):
         values = [values]
     found = list(dict.fromkeys(values))
@@ -221,7 +221,7 @@ def integers(name: str, values: Any) -> list[int]:
 
 
 def grid_key(grid: GridLike) -> str:
-    """A grid, exactly."""
+    """Text that is the same for equal grids only."""
     if grid is None or isinstance(grid, str | Grid):
         return repr(grid)
     if isinstance(grid, Chain):
@@ -231,6 +231,6 @@ def grid_key(grid: GridLike) -> str:
 
 
 def digest(x: Tensor) -> str:
-    """A tensor in a word."""
+    """A tensor's shape and the beginning of a hash of its values."""
     array = x.detach().cpu().double().contiguous().numpy()
     return f"{tuple(x.shape)} {hashlib.sha256(array.tobytes()).hexdigest()[:16]}"

@@ -61,7 +61,7 @@ def compare(
 ) -> Comparison:
     r"""Run solvers at several budgets and set accuracy, network calls and time side by side.
 
-    Everybody starts from the same prior draws and walks the same Brownian path: sample i of repetition r has its own
+    All runs start from the same prior draws and follow the same Brownian path: sample i of repetition r has its own
     seed, whatever the solver, grid or batch. A row of the result holds the means over repetitions of
 
     - ``nfe``: network calls per sample as counted by the run (guidance included), not the budget;
@@ -104,8 +104,8 @@ def compare(
             is one stream per sample instead of a path.
         flow: exact probability-flow map (x, from knot, to knot) -> x, where it is known.
         tolerance: of the adaptive reference; 1e-10 in float64, 1e-6 in float32.
-        refine: steps of a stochastic reference per step of the solver's largest budget; a first-order method's error
-            is then measured 1 / refine too small there. 0: none.
+        refine: steps of a stochastic reference per step of the solver's largest budget, where the error of a
+            first-order method therefore comes out too small by a share of 1 / refine; 0 for no such references.
         strong: a solver whose run on the same path is the reference of every stochastic one.
         samples: reference samples in data units, (M, *D), or a function (count, seed) -> (count, *D).
         floor: more samples of the same law, independent of `samples` (training data, where `samples` are held out):

@@ -17,7 +17,7 @@ from scoresde.metrics import METRICS, Features, frechet_distance
 from sde_lib import lookup
 
 _FLOORS = 8
-"""Noise floors are measured so often at least: two standard deviations of fewer values are hardly a limit."""
+"""Pairs of samples for each noise floor, at least: a standard deviation of fewer values is too uncertain."""
 
 Metric = Callable[[Tensor, Tensor], float]
 Draw = Callable[[int, int], Tensor]
@@ -27,7 +27,7 @@ class Judges:
     """Metrics of samples against reference samples.
 
     Args:
-        samples: reference samples in data units, or a function (count, seed) -> samples; None: nobody judges.
+        samples: reference samples in data units, or a function (count, seed) -> samples; None for no metrics.
         floor: more samples of the same law.
         metrics: names in `METRICS`, or name -> function (x, y) -> float.
         features: of the Fréchet distance.
@@ -82,7 +82,7 @@ class Judges:
         return {name: finite(float(metric(decoded, self.target))) for name, metric in self.metrics.items()}
 
     def settings(self) -> dict[str, Any]:
-        """What says who judges, JSON-able."""
+        """What identifies the reference samples and the metrics, for JSON."""
         features = self.features
         if features is not None and not isinstance(features, str):
             features = getattr(features, "__qualname__", type(features).__qualname__)

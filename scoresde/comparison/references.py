@@ -1,4 +1,4 @@
-"""What runs are measured against: the path that the same start, or the same start and noise, should have led along."""
+"""What runs are measured against: where the same start, and for stochastic solvers the same noise, should have led."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scoresde.comparison.specs import Budget, Entry, describe
 from scoresde.comparison.store import finite
 from scoresde.comparison.stored_references import Reference, ReferenceStore
 from scoresde.storage.files import one_line
-from sde_lib import Chain, Knot
+from sde_lib import Knot
 from solvers import AdaptiveRungeKutta, Grid, Solution, Solver
 from solvers.grids import GridLike
 
@@ -67,7 +67,7 @@ class References:
         self.store: ReferenceStore | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What says how references are made, JSON-able."""
+        """How references are made, for JSON."""
         return {
             "path_error": self.path_error,
             "flow": self.flow is not None,
@@ -87,23 +87,23 @@ class References:
         return most
 
     def name(self, entry: Entry, budget: Budget, most: int) -> str:
-        """Which reference the run is to be measured against."""
+        """What the run is measured against, in words."""
         solver, law = budget.solver, self.bench.law
         if not self.path_error:
             return "none"
-        if isinstance(law, Chain):
-            return f"own run over all {law.n} levels"
+        if not law.has_time:
+            return f"solver's own run over all {law.n} levels"
         if not solver.stochastic:
             return "given flow" if self.flow is not None else f"adaptive ODE, rtol {self.tolerance:g}"
         if not self.refine:
             return "none"
         if solver.adaptive or not isinstance(self.bench.grid_of(entry), str | Grid):
-            return "none (no grid to refine)"
-        who = "own run" if self.strong is None else f"run by {describe(self.strong)}"
-        return f"{who} of {self.refine * most} steps, same path"
+            return "none (adaptive steps and given times cannot be refined)"
+        who = "solver's own run" if self.strong is None else f"run by {describe(self.strong)}"
+        return f"{who} of {self.refine * most} steps on the same path"
 
     def of(self, entry: Entry, budget: Budget, repetition: int, most: int, solution: Solution) -> Reference:
-        """The reference of a finished run; one that cannot be made costs the run its distance only."""
+        """The reference of a finished run. If it cannot be made, the run lacks its distance and nothing else."""
         name = self.name(entry, budget, most)
         if name.startswith("none"):
             return Reference(None, None, name)
@@ -116,7 +116,7 @@ class References:
         return self._made[key]
 
     def _kept(self, key: str, name: str, make: Callable[[], Reference]) -> Reference:
-        """The stored reference, or one that is made and stored. A given flow is not: nothing tells it from another."""
+        """The stored reference, or a new one, which is stored unless it is by a given flow: two flows look alike."""
         store = self.store if self.flow is None else None
         found = None if store is None else store.find(key, self.bench.starts(self._repetition))
         if found is not None:
@@ -134,7 +134,7 @@ class References:
     ) -> tuple[str, Callable[[], Reference]]:
         """What the reference depends on, and how it is made."""
         bench, grid = self.bench, self.bench.grid_of(entry)
-        if isinstance(bench.law, Chain):
+        if not bench.law.has_time:
             make = partial(self._walked, name, entry.solver, repetition, bench.law, None)
             return f"{name} | {entry.solver!r}", make
         if not budget.solver.stochastic:

@@ -51,7 +51,7 @@ _SHOWN = ("nfe", "seconds", "overhead_seconds", "path_rms", "path_median")
 
 
 class Comparison:
-    """Rows of figures, one per solver and budget, and what they were measured on.
+    """Measured figures in rows, one per solver and budget, and what they were measured on.
 
     Attributes:
         runs: one dict per run (solver, budget, repetition), as measured.
@@ -169,7 +169,7 @@ class Comparison:
         return None if floor is None else (floor["mean"] or 0.0) + deviations * (floor["std"] or 0.0)
 
     def _noise(self, row: Mapping[str, Any], y: str) -> float:
-        """Below this a value says nothing of orders."""
+        """The value up to which a row is too noisy to fit an order to."""
         limit = self.noise_limit(y, 4.0)
         if limit is not None:
             return limit
@@ -187,7 +187,7 @@ class Comparison:
             raise ValueError(f"`y` must be one of {', '.join(known)}, got {y!r}.")
 
     def _best_column(self) -> str:
-        """What is plotted unless told otherwise: the distance to the reference, or the first metric."""
+        """What is plotted by default: the distance to the reference, or the first metric."""
         rows = self.rows
         found = [y for y in ("path_rms", *self.metrics) if any(row[y] is not None for row in rows)]
         if not found:
@@ -246,7 +246,7 @@ class Comparison:
         return cells
 
     def _notes(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What the columns mean here."""
+        """Lines below the table: how many samples, on which grids, against which references."""
         n, repetitions = self.settings.get("n"), max((row["repetitions"] for row in rows), default=0)
         notes = [f"{n} samples, {_count(repetitions, 'repetition')}; * smallest of its column"]
         if self.floors:
@@ -272,6 +272,10 @@ class Comparison:
     def __str__(self) -> str:
         return self.table()
 
+    def __repr__(self) -> str:
+        solvers = len({run["label"] for run in self.runs})
+        return f"<Comparison of {_count(solvers, 'solver')} in {_count(len(self.runs), 'run')}; print it for the table>"
+
     def to_csv(self, path: str | Path) -> None:
         """Write the rows, unrounded; empty where there is no figure."""
         text = io.StringIO()
@@ -287,7 +291,7 @@ class Comparison:
             ImportError: without pandas, with what to install.
         """
         try:
-            from pandas import DataFrame  # type: ignore[import-untyped]
+            from pandas import DataFrame
         except ImportError as error:
             raise ImportError("Data frames are of pandas: pip install pandas") from error
         return DataFrame(self.rows, columns=self._columns)
@@ -394,7 +398,7 @@ def _count(n: int, noun: str) -> str:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Mean, or None if any is missing: a mean over some of the repetitions would not compare."""
+    """Mean, or None if any is missing: a mean over fewer repetitions cannot be compared."""
     found = [v for v in values if v is not None]
     return statistics.fmean(found) if found and len(found) == len(values) else None
 

@@ -1,4 +1,4 @@
-"""One run of one solver at one budget: what it cost and how far it came."""
+"""One run of one solver at one budget: what it costs and how accurate it is."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Runs:
         self._draw_seconds: float | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What all runs of one file share, JSON-able."""
+        """What all runs of one file share, for JSON."""
         bench = self.bench
         return {
             "law": repr(bench.law),
@@ -157,7 +157,7 @@ class Runs:
         self, x: Tensor, entry: Entry, budget: Budget, repetition: int, most: int, solution: Solution, off_path: int
     ) -> dict[str, Any]:
         """Distances to the reference."""
-        reference = Reference(None, None, "none (noise outside the path)")
+        reference = Reference(None, None, "none (it draws noise that the common path does not determine)")
         if not (budget.solver.stochastic and off_path):
             reference = self.references.of(entry, budget, repetition, most, solution)
         figures = {"reference": reference.name, "reference_error": reference.error}
@@ -167,7 +167,7 @@ class Runs:
         return figures | {"path_rms": float(gaps.square().mean().sqrt()), "path_median": float(gaps.median())}
 
     def _options(self, budget: Budget, grid: GridLike, repetition: int) -> dict[str, Any]:
-        """The budget in the words of `solve`."""
+        """The arguments of `solve` for the budget."""
         if budget.nfe is None:
             return {}
         calls = budget.nfe

@@ -167,7 +167,7 @@ def _shown(value: Any) -> str:
 
 
 def describe_grid(grid: GridLike) -> str:
-    """A grid in a word."""
+    """A grid as short text."""
     if grid is None:
         return "default"
     if isinstance(grid, str):

@@ -206,7 +206,7 @@ def test_the_bar_of_a_reference_moves(capsys):
         slow, "ddim,ancestral", shape=(3,), n=2, nfe=(4,), repetitions=1, refine=2, min_run_time=0, progress=True
     )  # fmt: skip
     shown = capsys.readouterr().err
-    assert "comparing" in shown and "reference: own run of 6 steps" in shown
+    assert "comparing" in shown and "reference: solver's own run of 6 steps" in shown
     shares = [int(share) for share in re.findall(r"adaptive ODE[^:]*: +(\d+)%", shown)]
     assert shares[0] == 0 and max(shares) > 10 and shares == sorted(shares)
 

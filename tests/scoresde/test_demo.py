@@ -40,6 +40,19 @@ def test_the_demo_writes_what_it_says(tmp_path, capsys):
     assert f"{summary['bits_per_dim']:.4f}" in printed and f"{summary['gaussian_bits_per_dim']:.4f}" in printed
 
 
+@pytest.mark.parametrize(
+    ("name", "says"), [("toy_ring", "images with integer grey levels"), ("vp/ddpm/cifar10", "continuous time")]
+)
+def test_what_the_demo_cannot_show_is_refused_before_it_trains(name, says, tmp_path, monkeypatch):
+    digits = config.load("digits_vp")
+    settings = config.load(name)
+    if says == "continuous time":
+        settings.data = digits.data
+    monkeypatch.setattr(demo, "train", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=says):
+        demo.main(tmp_path, settings)
+
+
 @pytest.mark.slow
 def test_the_demos_model_beats_the_gaussian(tmp_path):
     """600 steps, less than half of the demo's: at least 0.6 bits/dim better than the fitted Gaussian (0.8 is the demo's
