@@ -8,8 +8,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
-SLOW = ("01_forward_and_reverse", "02_comparing_solvers", "04_likelihood_of_digits")
-"""Those that train networks, for a minute or more."""
 
 
 @pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda p: p.stem)
@@ -26,10 +24,9 @@ def test_the_stored_notebook_is_its_source_with_outputs(source):
     assert not any(o.output_type == "error" for c in printed for o in c.outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.notebook
-@pytest.mark.parametrize(
-    "source", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in SLOW), id=p.stem) for p in NOTEBOOKS]
-)
+@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda p: p.stem)
 def test_the_notebook_holds_what_it_claims(source, tmp_path):
     """Run as a script: every cell, every assertion, in a process of its own."""
     done = subprocess.run(
