@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CAUSES = {
-    "trace_se": "trace estimator (standard error)",
-    "discretization": "discretisation (doubling)",
-    "truncation": "truncation at t_min",
-    "prior_mismatch": "prior mismatch",
-    "precision": "arithmetic",
+    "trace_se": "trace estimate (standard error)",
+    "discretization": "discretisation (difference of two runs)",
+    "truncation": "truncation at t_min (bias)",
+    "prior_mismatch": "prior mismatch (bias)",
+    "precision": "arithmetic (order of magnitude)",
 }
 
 
@@ -81,7 +81,7 @@ def budget(result: BitsPerDim, path: str | Path | None = None, *, ax: Axes | Non
         axis.set_yticks(range(row + 1), [*CAUSES.values(), "finite data set (standard error)"])
         axis.set_xscale("log")
         axis.invert_yaxis()
-        axis.set_xlabel("error in bits/dim")
+        axis.set_xlabel("size in bits/dim")
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return figure
 
