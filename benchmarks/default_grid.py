@@ -3,8 +3,8 @@
     python benchmarks/default_grid.py
 
 Root mean square and median distance to the solution, in units of the data, of 400 samples of a mixture of three
-Gaussians in two dimensions (standard deviations 0.1 to 0.3), whose score is exact. For each solver and SDE: the error on
-the default grid (`Blended`), on the best of all named grids, and on equal steps in time, with the ratios.
+Gaussians in two dimensions (standard deviations 0.1 to 0.3), whose score is exact. For each solver and SDE: the error
+on the default grid (`Blended`), on the best of all named grids, and on equal steps in time, with the ratios.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def truth(rev, x: torch.Tensor, start: float) -> torch.Tensor:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print(f"{'SDE':10s} {'solver':8s} calls  default   best of all grids           uniform_time    median: default, best")
+    print("SDE        solver   calls  default   best of all grids            uniform_time      median: default, best")
     for name in SDES:
         sde = TabulatedSDE(VPSDE().discretize(1000).alphas_cumprod) if name == "tabulated" else SDES[name]()
         rev = SPOTS.reverse(sde)

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresde.guidance import Wrapper
 from scoresde.likelihood.divergence import Traces, value_and_traces
 from scoresde.likelihood.probes import Probes
-from sde_lib import SDE, Knot, Prediction, ReverseSDE
+from sde_lib import SDE, Knot, Prediction, ReverseSDE, Wrapper
 from solvers import Angle, Grid, Solver, make_knots, solve
 from solvers.runge_kutta import rescale
 
