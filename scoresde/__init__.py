@@ -39,6 +39,7 @@ from scoresde.score_model import LABELS, DataSpec, ScoreModel
 from sde_lib import (
     DATA,
     EDMSDE,
+    NOISE_LEVELS,
     PARAMETERIZATIONS,
     SDE,
     SDES,
@@ -55,11 +56,13 @@ from sde_lib import (
     NoisePrediction,
     Parameterization,
     Prediction,
+    Reverse,
     ReverseSDE,
     ScorePrediction,
     SubVPSDE,
     TabulatedSDE,
     VPrediction,
+    Wrapper,
 )
 from sde_lib._checks import did_you_mean
 from solvers import (
@@ -201,6 +204,7 @@ __all__ = [
     "MLP",
     "NCSN",
     "NETWORKS",
+    "NOISE_LEVELS",
     "PARAMETERIZATIONS",
     "PROBES",
     "RK4",
@@ -289,6 +293,7 @@ __all__ = [
     "Recommendation",
     "Recommended",
     "Recorded",
+    "Reverse",
     "ReverseDiffusion",
     "ReverseSDE",
     "Ring",
@@ -320,6 +325,7 @@ __all__ = [
     "UniformHalfLogSNR",
     "UniformTime",
     "VPrediction",
+    "Wrapper",
     "bits_per_dim",
     "chain_loss",
     "compare",

@@ -31,19 +31,30 @@ def save_pretrained(model: ScoreModel, folder: str | Path, name: str = "OWNER/NA
 
 def card(model: ScoreModel, name: str = "OWNER/NAME") -> str:
     """A model card: what the model is and how it is used."""
-    config = model.config()
+    config, spec = model.config(), model.data_spec
     network, sde = config["network"]["name"], config["sde"]["name"]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    shape = " x ".join(map(str, model.data_spec.shape)) if model.data_spec is not None else "unknown"
     levels = f", a chain of {config['levels']} levels" if config.get("levels") else ""
-    grid = "" if levels else ", grid=best.grid"  # a chain is its own
+    shape = "unknown" if spec is None else " x ".join(map(str, spec.shape))
+    classes = f", {spec.num_classes} classes" if spec is not None and spec.num_classes else ""
     return (
         "---\nlibrary_name: scoresde\ntags:\n- score-based-generative-model\n---\n\n# A score model\n\n"
         f"Network `{network}` ({millions:.1f} M parameters), SDE `{sde}`{levels}, parameterization "
-        f"`{config.get('parameterization', 'v')}`, data {shape}.\n\n"
-        f"```python\nimport scoresde\n\nmodel = scoresde.from_pretrained(\"{name}\")\n"
-        "best = scoresde.recommend(20)\n"
-        f"images = model.sample(16, best.solver, nfe=20{grid})\n```\n"
+        f"`{config.get('parameterization', 'v')}`, data {shape}{classes}.\n\n```python\n{_example(model, name)}```\n"
+    )
+
+
+def _example(model: ScoreModel, name: str) -> str:
+    """Code that draws samples: the default grid is the chain itself on a chain, and the recommended one on an SDE."""
+    spec = model.data_spec
+    load = f'model = scoresde.from_pretrained("{name}")\n'
+    if spec is None:
+        return f"import scoresde\n\n{load}rev = model.reverse()  # for scoresde.sample(rev, shape, …), in model units\n"
+    if not spec.num_classes:
+        return f'import scoresde\n\n{load}x = model.sample(16, "recommended", nfe=20)\n'
+    return (
+        f"import scoresde\nimport torch\n\n{load}labels = torch.arange(16) % {spec.num_classes}\n"
+        'x = model.sample(16, "recommended", nfe=20, condition={"class_label": labels})\n'
     )
 
 

@@ -491,21 +491,21 @@ def test_what_diffusers_has_and_we_do_not_is_named(change, message):
 
 
 # --- our own, the Hub, and everything else ----------------------------------------------------------------------------
-def small_model(levels=0):
-    options = {"shape": [1, 8, 8], "channels": 8, "num_classes": 0}
+def small_model(levels=0, classes=0):
+    options = {"shape": [1, 8, 8], "channels": 8, "num_classes": classes}
     return ScoreModel.from_config(
         {
             "network": {"name": "unet", "unet": options}, "sde": {"name": "vp", "vp": {}}, "parameterization": "v",
             "levels": levels,
-            "data_spec": {"shape": [1, 8, 8], "shift": 8.0, "scale": 8.0, "levels": 16},
+            "data_spec": {"shape": [1, 8, 8], "shift": 8.0, "scale": 8.0, "levels": 16, "num_classes": classes},
         }
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("levels", [0, 50])
-def test_own_files_and_folders(tmp_path, levels):
-    """Read back as they were, and the code on their card runs: of an SDE and of a chain."""
-    model = small_model(levels)
+@pytest.mark.parametrize(("levels", "classes"), [(0, 0), (0, 3), (50, 0), (50, 3)])
+def test_own_files_and_folders(tmp_path, levels, classes):
+    """Read back as they were, and the code on their card runs: of an SDE and of a chain, with classes and without."""
+    model = small_model(levels, classes)
     save_model(model, tmp_path / "m.safetensors")
     save_pretrained(model, tmp_path / "folder")
     for path in (tmp_path / "m.safetensors", tmp_path / "folder"):
@@ -518,7 +518,7 @@ def test_own_files_and_folders(tmp_path, levels):
     code = card.split("```python\n")[1].split("```")[0].replace("OWNER/NAME", str(tmp_path / "folder"))
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
-    assert names["images"].shape == (16, 1, 8, 8)
+    assert names["x"].shape == (16, 1, 8, 8) and ("labels" in names) == bool(classes)
 
 
 def test_from_the_hub_without_a_network(tmp_path, monkeypatch):
