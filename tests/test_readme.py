@@ -27,7 +27,7 @@ def test_the_ten_lines_run_and_are_right(capsys):
 def test_a_network_trained_in_ones_own_loop(tmp_path, monkeypatch):
     """Samples lie at the centres of their classes.
 
-    Those of a model that ignores classes would have means a distance of 1.03 away and a spread of 1 between the centres.
+    Those of a model that ignores classes would have means a distance of 1.03 away, and a spread of 1 along x.
     """
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
