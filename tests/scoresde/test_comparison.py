@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import benchmark
 
 from scoresde import Comparison, DataSpec, ScoreModel, UNet, compare
-from scoresde.comparison import bench, describe, parse_spec, timing
+from scoresde.comparison import bench, describe, parse_spec, runs, timing
 from scoresde.comparison.specs import split_specs
 from scoresde.guidance import ClassifierFreeGuidance
 from sde_lib import VPSDE, FlowSDE, GaussianMixture, Knot, Wrapper
@@ -130,55 +130,73 @@ class Counted(Wrapper):
         return self.inner(x, t)
 
 
-def test_time_goes_where_it_is_spent():
-    """Sleep in the network, in the steps and in the noise: in the network's seconds, beyond them, and in neither."""
+class Clock:
+    """A clock that stands still unless told."""
 
-    class Sleepy(DDIM):
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        for module in (timing, runs):
+            monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: self.now))
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_time_goes_where_it_is_spent(monkeypatch):
+    """Time in the network, in the steps and in the noise: in the network's seconds, beyond them, and in neither."""
+    clock = Clock(monkeypatch)
+
+    class Slow(Wrapper):
+        def __call__(self, x, t):
+            clock.pass_by(0.02)
+            return self.inner(x, t)
+
+    class SlowSteps(DDIM):
         def step(self, *args):
-            time.sleep(0.01)
+            clock.pass_by(0.01)
             return super().step(*args)
 
-    class SleepyDraw(PerSample):
+    class SlowDraw(PerSample):
         def bind(self, x):
             draw = super().bind(x)
             normals = draw.normals
-            draw.normals = lambda streams: (time.sleep(0.02), normals(streams))[1]
+            draw.normals = lambda streams: (clock.pass_by(0.02), normals(streams))[1]
             return draw
 
+    def times(rev, solver):
+        (row,) = compare(rev, solver, **options).rows
+        return row, [row[f"{name}seconds"] for name in ("", "network_", "overhead_", "noise_")]
+
     options = {"shape": (3,), "n": 8, "repetitions": 1, **QUICK, "path_error": False, "nfe": (20,)}
-    slow = Counted(GAUSSIAN.reverse(SDE), sleep=0.02)
-    (row,) = compare(slow, "heun", **options).rows
-    assert row["network_seconds"] > 0.02 * row["nfe"]
-    assert row["seconds"] == pytest.approx(row["network_seconds"] + row["overhead_seconds"])
-    assert row["overhead_seconds"] < 0.5 * row["network_seconds"]
-    (row,) = compare(GAUSSIAN.reverse(SDE), Sleepy(), **options).rows
-    assert row["overhead_seconds"] > 0.01 * row["steps"] > row["network_seconds"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "PerSample", SleepyDraw)
-        (row,) = compare(GAUSSIAN.reverse(SDE), "ancestral", **options).rows
-    assert row["noise_seconds"] > 0.02 * (row["steps"] - 1) > row["seconds"]
+    rev = GAUSSIAN.reverse(SDE)
+    row, seconds = times(Slow(rev), "heun")
+    assert seconds == pytest.approx([0.02 * row["nfe"], 0.02 * row["nfe"], 0.0, 0.0])
+    row, seconds = times(rev, SlowSteps())
+    assert seconds == pytest.approx([0.01 * row["steps"], 0.0, 0.01 * row["steps"], 0.0]) and row["steps"] == 19
+    monkeypatch.setattr(bench, "PerSample", SlowDraw)
+    row, seconds = times(rev, "ancestral")  # ordinary noise takes no time on this clock
+    assert seconds == pytest.approx([0.0, 0.0, 0.0, 0.02 * row["steps"]])
 
 
-def test_what_happens_once_is_no_part_of_the_time():
+def test_what_happens_once_is_no_part_of_the_time(monkeypatch):
     """A solver that imports a library or tabulates coefficients at its first run."""
+    clock, bound = Clock(monkeypatch), []
 
     class Lazy(DDIM):
-        ready = False
-
         def bind(self, knots):
-            if not Lazy.ready:
-                time.sleep(0.5)
-                Lazy.ready = True
+            if not bound:
+                clock.pass_by(0.5)
+            bound.append(knots)
             return super().bind(knots)
 
-    (row,) = quick(Lazy(), repetitions=1).rows
-    assert Lazy.ready and row["seconds"] < 0.25
+    (row,) = quick(Lazy(), repetitions=1, path_error=False).rows
+    assert row["seconds"] == 0.0 and len(bound) == 2
 
 
 def test_short_runs_are_repeated_and_their_median_counts(monkeypatch):
     """By torch's own timer, on as many threads as the runs have; a run that was held up does not count."""
 
-    class Clock(benchmark.Timer):
+    class HeldUp(benchmark.Timer):
         def __init__(self, stmt, globals, num_threads):
             assert num_threads == torch.get_num_threads()
             super().__init__(stmt, globals=globals, num_threads=num_threads)
@@ -188,7 +206,7 @@ def test_short_runs_are_repeated_and_their_median_counts(monkeypatch):
             return benchmark.Measurement(number_per_run=2, raw_times=[2.0, 2.2, 2.4, 2.6, 90.0], task_spec=task)
 
     with monkeypatch.context() as patch:
-        patch.setattr(timing, "Timer", Clock)
+        patch.setattr(timing, "Timer", HeldUp)
         assert timing.median_seconds(lambda: None, 0.2) == pytest.approx(1.2)
     calls = Counted(GAUSSIAN.reverse(SDE))
     options = {"shape": (3,), "n": 4, "nfe": (3,), "repetitions": 1, "path_error": False, "progress": False}
