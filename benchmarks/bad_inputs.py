@@ -298,7 +298,7 @@ recommend("20")
 recommend(None)
 BrownianPath("seed")
 BrownianPath([1, 2, "x"])
-Recorded([])
+Recorded([1.0])
 sample(rev, (3, 2), EulerMaruyama(), steps=9, rng=Recorded([x]))
 
 # score models

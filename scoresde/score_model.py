@@ -15,7 +15,7 @@ from sde_lib import NOISE_LEVELS, PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Pre
 from sde_lib import _math as m
 from sde_lib._checks import check_positive, check_state, options_of
 from sde_lib._math import Real
-from sde_lib.knot import compilable
+from sde_lib.reverse import knot_of
 
 if TYPE_CHECKING:
     from solvers import Solver
@@ -283,18 +283,7 @@ class ScoreModel(nn.Module):
             ValueError: if t is not finite or leaves [t_min, t_max], or its shape does not match the batch.
             TypeError: if x is not floating point.
         """
-        law = self.law
-        law.check_state(x, "x")
-        if isinstance(t, Tensor) and t.ndim and t.shape != x.shape[:1]:
-            raise ValueError(f"`t` must have shape () or (B,) with B = {x.shape[0]}, got {tuple(t.shape)}.")
-        if law.has_time and not _traced(t):
-            times = torch.as_tensor(t, dtype=torch.float64)
-            # a float32 end is taken for the law's own
-            inside = (times >= law.t_min * (1 - 1e-6)) & (times <= law.t_max * (1 + 1e-6))
-            if not bool(inside.all()):
-                wrong = times.reshape(-1)[~inside.reshape(-1)][0].item()
-                raise ValueError(f"t = {wrong} lies outside [{law.t_min}, {law.t_max}], where this model is defined.")
-        return self.predict(x, law.knot(compilable(t, x), ndim=x.ndim), **condition)
+        return self.predict(x, knot_of(self.law, x, t), **condition)
 
     def loss(self, data: Tensor, *, rng: torch.Generator | None = None, **options: Any) -> Tensor:
         """Denoising score matching on a batch: the scalar that a training loop minimises.
@@ -384,10 +373,3 @@ class _ModelReverse(ReverseSDE):
         if not torch.compiler.is_compiling() and not (isinstance(labels, Tensor) and labels.device.type != "cpu"):
             self._model.check_condition(condition)
         return super().given(**condition)
-
-
-def _traced(t: Any) -> bool:
-    """Whether a look at the numbers in t would end a compilation, an export or the capture of a CUDA graph."""
-    if torch.compiler.is_compiling():
-        return True
-    return isinstance(t, Tensor) and t.is_cuda and torch.cuda.is_current_stream_capturing()

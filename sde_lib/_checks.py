@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,28 @@ def check_ordered(low_name: str, low: float, high_name: str, high: float) -> Non
     check_positive(high_name, high)
     if not low < high:
         raise ValueError(f"`{low_name}` must be < `{high_name}`, got {low_name}={low}, {high_name}={high}.")
+
+
+def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """Raise unless `value` is an int of at least `least` and, if it is given, at most `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        upto = "" if most is None else f" and <= {most:,}"
+        raise ValueError(f"`{name}` must be an int >= {least}{upto}, got {value!r}.")
+
+
+def as_number(name: str, value: Any) -> float:
+    """`value` as a Python float; TypeError for texts, lists and None, which `float` would read or explain badly."""
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(f"`{name}` must be a number or a tensor, got {value!r}.")
+    return float(value)
+
+
+def as_float64(name: str, values: Any) -> Tensor:
+    """`values` as a float64 tensor; TypeError for what is none, such as a text or rows of unequal length."""
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"`{name}` must be numbers or a tensor of them, got {values!r} ({error}).") from error
 
 
 def check_state(name: str, x: Any) -> None:

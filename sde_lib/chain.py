@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import _math as m
+from sde_lib._checks import as_number
 from sde_lib._constants import Constants
 from sde_lib.knot import DATA, Knot, Law, posterior, transition
 from sde_lib.reverse import ReverseSDE, reverse_from_function
@@ -125,7 +126,7 @@ class Chain(Law):
             return Knot(t, alpha, sigma, lam, index.reshape(shape), self)
         if isinstance(index, float) or (isinstance(index, Tensor) and index.is_floating_point()):
             raise TypeError(f"A chain is indexed by level 0..{self.n - 1}, got the time {float(index)}.")
-        i = int(index)
+        i = int(as_number("level", index))
         if not 0 <= i < self.n:
             raise ValueError(f"Level must be in 0..{self.n - 1}, got {i}.")
         return self.levels[i]
@@ -152,8 +153,8 @@ class Chain(Law):
         """
         n = self.n
         steps = n if steps is None else steps
-        if not 1 <= steps <= n:
-            raise ValueError(f"A chain of {n} levels can be walked in 1 to {n} steps, got steps={steps}.")
+        if not isinstance(steps, int) or not 1 <= steps <= n:
+            raise ValueError(f"A chain of {n} levels can be walked in 1 to {n} steps, got steps={steps!r}.")
         if spacing == "trailing":
             picked = [round(n - i * n / steps) - 1 for i in range(steps)]
         elif spacing == "leading":
@@ -208,6 +209,9 @@ class Chain(Law):
     def __repr__(self) -> str:
         return f"Chain(n={self.n}, half_log_snr={self.levels[0].half_log_snr:.3g}…{self.levels[-1].half_log_snr:.3g})"
 
+
+MOST_LEVELS = 100_000
+"""Of a chain: a hundred times those of any published model. Tabulating more would take minutes."""
 
 NO_TIME = (
     "A chain has no continuous time: no drift, no velocity, no times between its levels. Use a solver that steps "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sde_lib._checks import as_float64, check_count, check_state
 from sde_lib.knot import DATA, Knot, Law
 from sde_lib.prediction import VPrediction
 from sde_lib.reverse import ReverseSDE
@@ -36,7 +37,7 @@ class GaussianMixture:
         covariances: Tensor | None = None,
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
-        means = torch.as_tensor(means, dtype=torch.float64)
+        means = as_float64("means", means)
         if means.ndim < 1 or means.shape[0] < 1:
             raise ValueError(f"`means` must have shape (K, *D), got {tuple(means.shape)}.")
         if not bool(torch.isfinite(means).all()):
@@ -58,7 +59,7 @@ class GaussianMixture:
                 raise ValueError(f"`covariances` must be positive semi-definite, smallest eigenvalue {low}.")
             variances = variances.clamp(min=0.0)
         else:
-            stds = torch.as_tensor(std, dtype=torch.float64)
+            stds = as_float64("std", std)
             if (stds.ndim == 1 and stds.shape != (k,)) or (stds.ndim > 1 and stds.shape != means.shape):
                 raise ValueError(f"`std` must be a float, ({k},) or {tuple(means.shape)}, got {tuple(stds.shape)}.")
             if not bool((stds >= 0).all()):
@@ -89,6 +90,7 @@ class GaussianMixture:
 
     def sample(self, n: int, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """n exact samples, shape (n, *D)."""
+        check_count("n", n)
         which = torch.multinomial(self._log_weights.exp(), n, replacement=True, generator=generator)
         noise = torch.randn(n, self._means.shape[1], generator=generator, dtype=torch.float64)
         offset = self._variances[which].sqrt() * noise
@@ -127,7 +129,8 @@ class GaussianMixture:
 
     def _components(self, x: Tensor, knot: Knot) -> tuple[Tensor, Tensor, Tensor]:
         """Per component: log joint density (B, K), and M^-1 (x - alpha mu), C M^-1 (x - alpha mu) in its eigenbasis."""
-        if tuple(x.shape[1:]) != self.shape:
+        if not isinstance(x, Tensor) or tuple(x.shape[1:]) != self.shape:
+            check_state("x", x)
             raise ValueError(f"x must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}.")
         means, variances, log_weights, basis = self._parameters(x)
         flat = x.reshape(x.shape[0], 1, -1)

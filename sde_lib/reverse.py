@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from sde_lib._checks import lookup
+from sde_lib._checks import as_number, lookup
 from sde_lib.knot import Knot, Law, compilable
 from sde_lib.noise_levels import NOISE_LEVELS
 from sde_lib.prediction import PARAMETERIZATIONS, Parameterization, Prediction
@@ -84,7 +84,7 @@ class ReverseSDE(Reverse):
 
     def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:
         """Evaluate the network at state x, shape (B, *D), and a knot (or a time, () or (B,))."""
-        knot = t if isinstance(t, Knot) else self.law.knot(compilable(t, x), ndim=x.ndim)
+        knot = t if isinstance(t, Knot) else knot_of(self.law, x, t)
         if torch.compiler.is_compiling() or x.is_inference():  # neither counts changes
             return Prediction(x, knot, self.network(x, knot, **self.condition), self.parameterization)
         before = x._version
@@ -95,6 +95,36 @@ class ReverseSDE(Reverse):
                 "copy (x = x.clone()), or use operations without a trailing underscore."
             )
         return Prediction(x, knot, raw, self.parameterization)
+
+
+def knot_of(law: Law, x: Tensor, t: float | int | Tensor) -> Knot:
+    """The knot of a state, (B, *D), and a time (an index on a chain), () or (B,), that a user gives.
+
+    Raises:
+        TypeError: if x is no floating-point tensor, or t neither a number nor a tensor.
+        ValueError: if t is not finite or leaves [t_min, t_max], or its shape does not match the batch.
+    """
+    law.check_state(x, "x")
+    if isinstance(t, Tensor):
+        if t.ndim and t.shape != x.shape[:1]:
+            raise ValueError(f"`t` must have shape () or (B,) with B = {x.shape[0]}, got {tuple(t.shape)}.")
+    elif not torch.compiler.is_compiling():
+        as_number("t", t)
+    if law.has_time and not _traced(t):
+        times = torch.as_tensor(t, dtype=torch.float64)
+        # a float32 end is taken for the law's own
+        inside = (times >= law.t_min * (1 - 1e-6)) & (times <= law.t_max * (1 + 1e-6))
+        if not bool(inside.all()):
+            wrong = times.reshape(-1)[~inside.reshape(-1)][0].item()
+            raise ValueError(f"t = {wrong} lies outside [{law.t_min}, {law.t_max}], where this model is defined.")
+    return law.knot(compilable(t, x), ndim=x.ndim)
+
+
+def _traced(t: Any) -> bool:
+    """Whether a look at the numbers in t would end a compilation, an export or the capture of a CUDA graph."""
+    if torch.compiler.is_compiling():
+        return True
+    return isinstance(t, Tensor) and t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class Wrapper(ReverseSDE):
@@ -109,6 +139,11 @@ class Wrapper(ReverseSDE):
     """
 
     def __init__(self, inner: ReverseSDE) -> None:
+        if not isinstance(inner, ReverseSDE):
+            raise TypeError(
+                f"{type(self).__name__} goes around a reverse SDE (sde.reverse(score=fn) or model.reverse()), got "
+                f"{type(inner).__name__}."
+            )
         super().__init__(inner.law, inner.network, inner.parameterization, inner.condition)
         self.inner = inner
         self.nfe_per_call = inner.nfe_per_call

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from sde_lib import _math as m
 from sde_lib import knot as knots
+from sde_lib._checks import as_number, check_count
 from sde_lib._math import Real
-from sde_lib.chain import Chain
+from sde_lib.chain import MOST_LEVELS, Chain
 from sde_lib.knot import Kernel, Knot, Law, Posterior
 from sde_lib.reverse import ReverseSDE, reverse_from_function
 
@@ -153,9 +154,11 @@ class SDE(Law, ABC):
             if t.ndim == 0:
                 t = float(t)
             else:
+                if t.numel() != t.shape[0]:
+                    raise ValueError(f"`t` must have shape () or (B,), got {tuple(t.shape)}.")
                 t = t.double().reshape(-1, *[1] * (ndim - 1))
         else:
-            t = float(t)
+            t = as_number("t", t)
         log_alpha, log_sigma = self._log_alpha(t), self._log_sigma(t)
         return Knot(t, m.exp(log_alpha), m.exp(log_sigma), log_alpha - log_sigma, t, self)
 
@@ -173,6 +176,7 @@ class SDE(Law, ABC):
 
     def discretize(self, n: int) -> Chain:
         """The exact marginals at t_i = t_min + (t_max - t_min) i / (n - 1), as a chain of n steps."""
+        check_count("n", n, 2, MOST_LEVELS)
         times = _linspace(self.t_min, self.t_max, n)
         at = [self.knot(t) for t in times]
         lams, alphas, sigmas = zip(*((k.half_log_snr, k.alpha, k.sigma) for k in at), strict=True)
@@ -199,7 +203,7 @@ def _evaluate(fn: Callable[[Any], Any], t: Any) -> Any:
     if isinstance(t, Tensor):
         dtype = t.dtype if t.is_floating_point() else torch.get_default_dtype()
         return fn(t.double()).to(dtype)
-    return float(fn(float(t)))
+    return float(fn(as_number("t", t)))
 
 
 def _expand(c: Any, x: Tensor) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import _math as m
+from sde_lib._checks import as_float64
 from sde_lib._constants import Constants
 from sde_lib._math import Real
 from sde_lib.sde import SDE
@@ -36,7 +37,7 @@ class TabulatedSDE(SDE):
     _constants: Constants = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        table = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64).flatten().tolist()
+        table = as_float64("alphas_cumprod", self.alphas_cumprod).flatten().tolist()
         if len(table) < 2 or any(not b < a for a, b in itertools.pairwise(table)):
             raise ValueError("`alphas_cumprod` must hold at least two strictly decreasing values.")
         if not (0.0 < table[-1] and table[0] < 1.0):

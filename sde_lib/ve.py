@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from sde_lib import _math as m
-from sde_lib._checks import check_ordered
+from sde_lib._checks import check_count, check_ordered
 from sde_lib._math import Real
-from sde_lib.chain import Chain
+from sde_lib.chain import MOST_LEVELS, Chain
 from sde_lib.sde import SDE, _linspace
 
 
@@ -67,6 +67,7 @@ class VESDE(SDE):
 
         Level 0 is called t_min, the smallest time a continuous network knows.
         """
+        check_count("n", n, 2, MOST_LEVELS)
         times = _linspace(0.0, 1.0, n)
         log_sigma = [math.log(self.sigma_min) + t * self._log_ratio for t in times]
         return Chain(

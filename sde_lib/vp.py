@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 from sde_lib import _math as m
-from sde_lib._checks import check_ordered, check_positive
+from sde_lib._checks import check_count, check_ordered, check_positive
 from sde_lib._math import Real
-from sde_lib.chain import Chain
+from sde_lib.chain import MOST_LEVELS, Chain
 from sde_lib.sde import SDE
 from sde_lib.tabulated import TabulatedSDE
 
@@ -87,8 +87,9 @@ class VPSDE(LinearBeta, SDE):
         Raises:
             ValueError: unless n > beta_max, for 1 - beta must stay positive.
         """
-        if n < 2 or n <= self.beta_max:
-            raise ValueError(f"DDPM's chain needs n >= 2 and n > beta_max = {self.beta_max}, got n = {n}.")
+        check_count("n", n, 2, MOST_LEVELS)
+        if n <= self.beta_max:
+            raise ValueError(f"DDPM's chain needs n > beta_max = {self.beta_max}, got n = {n}.")
         betas = [(self.beta_min + i / (n - 1) * (self.beta_max - self.beta_min)) / n for i in range(n)]
         log_alpha, total = [], 0.0
         for beta in betas:

@@ -69,6 +69,8 @@ class Independent(Noise):
     """
 
     def __init__(self, rng: int | torch.Generator | None = None) -> None:
+        if isinstance(rng, int) and not -(2**63) <= rng < 2**64:
+            raise ValueError(f"A seed must fit into 64 bits, got {rng}.")
         self.rng = rng
 
     def bind(self, x: Tensor) -> Draw:
@@ -232,6 +234,8 @@ class BrownianPath(Noise):
     """
 
     def __init__(self, seeds: int | Sequence[int] = 0) -> None:
+        if not isinstance(seeds, int):
+            PerSample(seeds)  # refuses what is no list of ints
         self.seeds = seeds
 
     def bind(self, x: Tensor) -> Draw:
@@ -379,6 +383,8 @@ class Recorded(Noise):
 
     def __init__(self, draws: Sequence[Tensor] | Tensor) -> None:
         self.draws = list(draws)
+        if not all(isinstance(z, Tensor) for z in self.draws):
+            raise TypeError(f"`draws` must be tensors of the state's shape, got {draws!r}.")
 
     def bind(self, x: Tensor) -> Draw:
         return _RecordedDraw(self.draws, x)

@@ -108,9 +108,9 @@ def sample(
         **options: the remaining arguments of `solve`.
     """
     solver = _check(rev, solver)
+    if not isinstance(shape, Sequence) or not shape or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"`shape` must be (B, *D) with positive ints, got {shape!r}.")
     shape = tuple(shape)
-    if len(shape) < 1 or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"`shape` must be (B, *D) with positive ints, got {shape}.")
     solver, knots = _plan(rev, solver, steps, nfe, grid, end)
     law = rev.law
     first = float(knots[0].t)
@@ -119,11 +119,25 @@ def sample(
             f"sample() starts from the prior, at t = {law.t_max}, but this grid starts at t = {first}; "
             "use solve() with a state of your own."
         )
-    like = torch.empty(shape, dtype=dtype, device=device)
+    like = _empty(shape, dtype, device)
+    law.check_state(like)
     draw = as_draw(rng, like)
     found = solve(rev, law.prior(draw, like), solver, grid=knots, rng=draw, **options)
     found.grid = default_grid(law) if grid is None else grid
     return found
+
+
+def _empty(shape: tuple[int, ...], dtype: Any, device: Any) -> Tensor:
+    """Room for a state; torch's words for a dtype or a device that is not there come with ours."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`dtype` must be a torch.dtype such as torch.float64, got {dtype!r}.")
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"Cannot use `device` {device!r}: {told}") from error
+    return torch.empty(shape, dtype=dtype, device=place)
 
 
 def _check(rev: Any, solver: Any) -> Solver:
@@ -205,6 +219,11 @@ def _run(
     check: bool,
     progress: bool,
 ) -> Solution:
+    if condition is not None and not isinstance(condition, Mapping):
+        raise TypeError(f"`condition` must be a mapping of the network's arguments, got {type(condition).__name__}.")
+    for name, hook in (("project", project), ("callback", callback)):
+        if hook is not None and not callable(hook):
+            raise TypeError(f"`{name}` must be a function, got {type(hook).__name__}.")
     if condition:
         rev = rev.given(**condition)
     hooks = Hooks(project, callback, trajectory)

@@ -17,12 +17,10 @@ from scoresde.storage.checkpoints import STATE, latest, read_state
 from scoresde.storage.files import one_line
 from scoresde.storage.tensors import CheckpointError, check_tensors, not_finite, read_tensors, write_tensors
 from sde_lib import build
+from sde_lib.chain import MOST_LEVELS
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Those that a whole model may have."""
-
-MOST_LEVELS = 100_000
-"""Of a chain in a file: a hundred times those of any published model. More would take minutes to tabulate."""
 
 
 def save_model(model: ScoreModel, path: str | Path) -> Path:
