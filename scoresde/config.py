@@ -179,7 +179,9 @@ def find(name: str) -> Path:
     Raises:
         ConfigError: if there is none; close names are listed.
     """
-    path = Path(name)
+    if not isinstance(name, str | Path):
+        raise TypeError(f"A configuration is named by a text, or the path of a file, got {type(name).__name__}.")
+    name, path = str(name), Path(name)
     if path.suffix in (".py", ".json"):
         if path.is_file():
             return path.resolve()
@@ -225,7 +227,7 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_
         ConfigError: for an argument that is no override, a misspelt field or a value of the wrong type.
     """
     for argument in overrides:
-        field = _field(argument)
+        field = _field(argument) if isinstance(argument, str) else None
         if field is None:
             raise ConfigError(f"Unknown argument {argument!r}; overrides look like --config.training.batch_size=64.")
         _check_field(config, field)

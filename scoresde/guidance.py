@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import DataPrediction, Knot, Prediction, ReverseSDE, Wrapper
+from sde_lib._checks import as_number
 from solvers import Draw
 from solvers.solver import Project
 
@@ -36,7 +37,7 @@ class ClassifierFreeGuidance(Wrapper):
 
     def __init__(self, inner: ReverseSDE, scale: float, null: Mapping[str, Any] | None = None) -> None:
         super().__init__(inner)
-        self.scale = float(scale)
+        self.scale = as_number("scale", scale)
         if not math.isfinite(self.scale):
             raise ValueError(f"The guidance `scale` must be a finite number, got {scale!r}.")
         self.null = None if null is None else dict(null)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import ReverseSDE
+from sde_lib._checks import as_number
 from solvers import AdaptiveRungeKutta, Solver, as_solver, make_knots, solve
 from solvers.grids import GridLike
 
@@ -98,6 +99,8 @@ def interpolate(z_0: Tensor, z_1: Tensor, weight: float | Tensor) -> Tensor:
         z_1: (B, *D).
         weight: w in [0, 1]: a number, or (B,).
     """
+    if not isinstance(weight, Tensor):
+        weight = as_number("weight", weight)
     if z_0.shape != z_1.shape:
         raise ValueError(f"`z_0` and `z_1` must have one shape, got {tuple(z_0.shape)} and {tuple(z_1.shape)}.")
     a, b = (z.reshape(len(z), -1).double() for z in (z_0, z_1))

@@ -188,6 +188,8 @@ def _check(
     bound: str,
     batch_size: int,
 ) -> tuple[DataSpec, SDE]:
+    if not isinstance(model, ScoreModel):
+        raise TypeError(f"bits_per_dim needs a ScoreModel, got {type(model).__name__} (see log_likelihood).")
     spec = model.data_spec
     if spec is None:
         raise ValueError("bits_per_dim needs a model with a data_spec: shape, scaling and levels of the data.")

@@ -71,6 +71,8 @@ def divergence(
     Raises:
         TypeError, ValueError: for arguments out of range or a value that has not the shape of x.
     """
+    if not callable(fn):
+        raise TypeError(f"`fn` must be a function of states, got {type(fn).__name__}.")
     check_state("x", x)
     check_trace_options(method, num_probes, chunk)
     shape = x.shape[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ def fetch(
 
     Raises:
         ImportError: without huggingface_hub.
+        ValueError: for a name that none there can have.
         FileNotFoundError: (the Hub's LocalEntryNotFoundError or RepositoryNotFoundError) if there is no such model.
     """
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(f"{name!r} is neither a file or folder here nor OWNER/NAME of a model on the Hub.")
     folder = _hub().snapshot_download(
         name,
         revision=revision,

@@ -36,6 +36,8 @@ def save_model(model: ScoreModel, path: str | Path) -> Path:
         ValueError: for another ending, or weights that are NaN or infinite.
         OSError: if the disk is full; an existing file is left as it was.
     """
+    if not isinstance(model, ScoreModel):
+        raise TypeError(f"`model` must be a ScoreModel, got {type(model).__name__}.")
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"`path` must end in .safetensors, got {str(path)!r}.")
@@ -149,6 +151,8 @@ def find_model(path: str | Path, ema: bool = True) -> Path:
     Raises:
         FileNotFoundError: if there is none.
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"`path` must be a path, got {type(path).__name__}.")
     path = Path(path)
     if path.is_file():
         return path

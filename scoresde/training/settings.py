@@ -38,6 +38,8 @@ def learning_rate(section: ConfigDict, n: int, fraction: float) -> float:
 
 def check(config: ConfigDict) -> None:
     """Raise a `ConfigError` for settings of training or sampling that cannot work, before anything is built."""
+    if not isinstance(config, ConfigDict):
+        raise TypeError(f"`config` must be a configuration, config.load(name), got {type(config).__name__}.")
     t = config.training
     configs.check_numbers(config)
     for name, value in configs.flatten(t):

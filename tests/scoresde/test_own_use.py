@@ -7,7 +7,26 @@ import pytest
 import torch
 from torch import nn
 
-from scoresde import MLP, VPSDE, DataSpec, GaussianMixture, ScoreModel, chain_loss, continuous_loss, sample
+from scoresde import (
+    MLP,
+    VPSDE,
+    ClassifierFreeGuidance,
+    DataSpec,
+    GaussianMixture,
+    ScoreModel,
+    bits_per_dim,
+    chain_loss,
+    config,
+    continuous_loss,
+    divergence,
+    from_pretrained,
+    interpolate,
+    load_model,
+    load_pretrained,
+    sample,
+    save_model,
+    train,
+)
 
 
 class Zero(nn.Module):
@@ -120,3 +139,38 @@ def test_classes_that_are_none_are_refused(labels, error, words):
         with pytest.raises(error, match=words):
             door()
     model.sample(3, "ddim", steps=2, condition={"class_label": torch.tensor([0, 2, 3])})  # 3 is none
+
+
+MODEL = ScoreModel(MLP((2,), width=8, depth=1), VPSDE(), data_spec=DataSpec((2,)))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: train("digits_vp", "run"), TypeError, "config.load"),
+        (lambda: config.load(None), TypeError, "named by a text"),
+        (lambda: config.load("digits_vp", [7]), ValueError, "Unknown argument 7"),
+        (lambda: load_model(None), TypeError, "`path`"),
+        (lambda: load_pretrained(3), TypeError, "`path`"),
+        (lambda: save_model(None, "m.safetensors"), TypeError, "ScoreModel"),
+        (lambda: from_pretrained("a name with spaces", local_files_only=True), ValueError, "OWNER/NAME"),
+        (lambda: bits_per_dim(MODEL.reverse(), torch.zeros(1, 2)), TypeError, "ScoreModel"),
+        (lambda: divergence(3, torch.zeros(1, 2)), TypeError, "function"),
+        (lambda: interpolate(torch.zeros(1, 2), torch.zeros(1, 2), "0.5"), TypeError, "`weight`"),
+        (lambda: ClassifierFreeGuidance(MODEL, 2.0), TypeError, "reverse SDE"),
+        (lambda: ClassifierFreeGuidance(MODEL.reverse(), "2"), TypeError, "`scale`"),
+        (lambda: MODEL.sample(3, "ddim", steps=2, device="cpu"), ValueError, "model.to"),
+        (lambda: ScoreModel(None, VPSDE()), TypeError, "`network`"),
+        (lambda: ScoreModel(MODEL.network, "vp"), TypeError, "`law`"),
+        (lambda: ScoreModel(MODEL.network, VPSDE(), data_spec=(2,)), TypeError, "DataSpec"),
+        (lambda: ScoreModel.from_config({}), ValueError, "lacks network, sde"),
+        (lambda: ScoreModel.from_config({"network": {}, "sde": {}, "leves": 3}), ValueError, "'leves'"),
+        (lambda: DataSpec(3), ValueError, "`shape`"),
+        (lambda: DataSpec((2,), levels=2.5), ValueError, "`levels`"),
+        (lambda: DataSpec((2,), num_classes=-1), ValueError, "`num_classes`"),
+        (lambda: DataSpec((2,)).check(torch.zeros(0, 2)), ValueError, "empty"),
+    ],
+)
+def test_doors(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
