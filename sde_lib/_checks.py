@@ -45,9 +45,10 @@ def as_number(name: str, value: Any) -> float:
 
 
 def as_float64(name: str, values: Any) -> Tensor:
-    """`values` as a float64 tensor; TypeError for what is none, such as a text or rows of unequal length."""
+    """`values` as a float64 tensor on the host, whatever torch's default device; TypeError for what is none, such as a
+    text or rows of unequal length."""
     try:
-        return torch.as_tensor(values, dtype=torch.float64)
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"`{name}` must be numbers or a tensor of them, got {values!r} ({error}).") from error
 

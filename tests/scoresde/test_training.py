@@ -108,6 +108,15 @@ def test_interrupted_and_resumed_equals_uninterrupted_bitwise(tmp_path, variant)
         assert torch.equal(value, a.tensors["ema"][name]) and torch.equal(value, parts.model.state_dict()[name])
 
 
+@pytest.fixture
+def signals_as_in_a_shell():
+    """A shell starts jobs in the background with SIGINT ignored, and the library leaves what is ignored alone."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("signals_as_in_a_shell")
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", None), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_saves_after_the_step_and_ends(tmp_path, capsys, name, code):
     """And the rest of the run is as if it had never come."""
@@ -130,6 +139,7 @@ def test_a_signal_saves_after_the_step_and_ends(tmp_path, capsys, name, code):
         assert all(torch.equal(value, other[file][key]) for key, value in tensors.items())
 
 
+@pytest.mark.usefixtures("signals_as_in_a_shell")
 def test_a_signal_that_is_ignored_stays_so_and_a_second_one_acts_at_once():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
