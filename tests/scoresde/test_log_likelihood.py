@@ -157,7 +157,10 @@ def spectrum(d=48, low=1e-3, high=9.0, seed=0):
 LAWS = {"vp": VPSDE(), "sub_vp": SDES["sub_vp"](), "ve": VESDE(), "edm": EDMSDE(), "flow": FlowSDE()}
 
 
-@pytest.mark.parametrize("name", LAWS)
+# VP is what is used most, and only the flow starts at alpha = 0
+@pytest.mark.parametrize(
+    "name", [name if name in ("vp", "flow") else pytest.param(name, marks=pytest.mark.slow) for name in LAWS]
+)
 def test_fixed_steps_converge_to_the_exact_density(name):
     """192 dimensions with eigenvalues from 1e-3 to 9, terminal density given, exact trace: from 16 to 96 steps the
     error falls at least 50 times, to below 2e-3 nats (1.5e-5 bits/dim)."""
