@@ -127,7 +127,10 @@ def test_order_conditions(name):
 # --- error control --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tableau", EMBEDDED)
+# one of low and one of high order in the quick suite
+@pytest.mark.parametrize(
+    "tableau", [k if k in ("midpoint", "dormand_prince") else pytest.param(k, marks=pytest.mark.slow) for k in EMBEDDED]
+)
 def test_error_is_proportional_to_the_tolerance(tableau):
     """Every sample within what its accepted steps allow, and falling with the tolerance at the expected slope."""
     tolerances = [1e-3, 1e-4, 1e-5, 1e-6] if TABLEAUX[tableau].order == 2 else [1e-4, 1e-6, 1e-8, 1e-10]
