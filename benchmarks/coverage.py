@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scoresde import VPSDE, GaussianMixture, log_likelihood
 from scoresde.likelihood import Likelihood, RademacherProbes
+from sde_lib import ReverseSDE
 
 STEPS = 16
 
@@ -33,34 +34,46 @@ class Plain(RademacherProbes):
 
 @dataclass
 class Problem:
-    """Data and points."""
+    """A reverse SDE, and points."""
 
     name: str
-    data: GaussianMixture
+    rev: ReverseSDE
     x: Tensor
+
+
+def gaussian(name: str, basis: Tensor, variances: Tensor, cases: int, g: torch.Generator) -> Problem:
+    """Of these variances along the columns of a basis."""
+    law = VPSDE()
+
+    def noise(x: Tensor, t: Tensor) -> Tensor:
+        knot = law.knot(t, ndim=x.ndim)
+        return (x @ basis * (knot.sigma / (knot.alpha**2 * variances + knot.sigma**2))) @ basis.T
+
+    z = torch.randn(cases, len(variances), generator=g, dtype=torch.float64)
+    return Problem(name, law.reverse(noise=noise), (z * variances.sqrt()) @ basis.T)
 
 
 def problems(cases: int) -> list[Problem]:
     g = torch.Generator().manual_seed(0)
-    d = 48
-    q, _ = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64))
-    cov = (q * torch.logspace(-3, math.log10(9.0), d, dtype=torch.float64)) @ q.T
-    gaussian = GaussianMixture(torch.zeros(1, d), covariances=((cov + cov.T) / 2)[None])
     # data along one line that crosses all coordinates: the Jacobian is nearly of rank one while the noise is below it
-    line = torch.sign(torch.randn(64, generator=g, dtype=torch.float64)) / 8.0
-    axis = GaussianMixture(torch.zeros(1, 64), covariances=(4.0 * torch.outer(line, line) + 0.01 * torch.eye(64))[None])
-    mixture = GaussianMixture(torch.randn(6, 32, generator=g), std=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    line = torch.cat([torch.ones(32, 1), torch.randn(32, 31, generator=g)], 1).double()
+    long = torch.full((32,), 0.01, dtype=torch.float64)
+    long[0] = 4.0
+    wide = torch.logspace(-3, math.log10(9.0), 48, dtype=torch.float64)
     # half way between two components the Jacobian is that of each and a spike along the line from one to the other
     apart = torch.sign(torch.randn(32, generator=g)) * 0.25
-    spiky = GaussianMixture(torch.stack([apart, -apart]), std=0.2)
-    middle = 0.2 * torch.randn(cases, 32, generator=g, dtype=torch.float64)
-    along = (middle @ apart.double() / 2.0)[:, None] * apart  # |apart|^2 = 2
-    middle -= (1.0 - 0.3 * torch.rand(cases, 1, generator=g)) * along
+    between = 0.2 * torch.randn(cases, 32, generator=g, dtype=torch.float64)
+    along = (between @ apart.double() / 2.0)[:, None] * apart  # |apart|^2 = 2
+    between -= (1.0 - 0.3 * torch.rand(cases, 1, generator=g)) * along
+    spike = GaussianMixture(torch.stack([apart, -apart]), std=0.2)
+    mixture = GaussianMixture(torch.randn(6, 32, generator=g), std=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    inside = mixture.sample(cases, g, torch.float64)
+    square = torch.randn(48, 48, generator=g, dtype=torch.float64)
     return [
-        Problem("Gaussian, one long axis in 64 dimensions", axis, axis.sample(cases, g, torch.float64)),
-        Problem("mixture of 6 in 32 dimensions", mixture, mixture.sample(cases, g, torch.float64)),
-        Problem("spike: half way between 2 components in 32", spiky, middle),
-        Problem("Gaussian, 48 variances from 0.001 to 9", gaussian, gaussian.sample(cases, g, torch.float64)),
+        gaussian("Gaussian, one long axis in 32 dimensions", torch.linalg.qr(line)[0], long, cases, g),
+        Problem("mixture of 6 in 32 dimensions", mixture.reverse(VPSDE()), inside),
+        Problem("spike: half way between 2 components in 32", spike.reverse(VPSDE()), between),
+        gaussian("Gaussian, 48 variances from 0.001 to 9", torch.linalg.qr(square)[0], wide, cases, g),
     ]
 
 
@@ -120,41 +133,50 @@ def old_target(result: Likelihood, truth: Tensor, target: float, most: int) -> R
     return found
 
 
-def table(problem: Problem, share: float) -> dict[str, Row]:
-    rev, x, d = problem.data.reverse(VPSDE()), problem.x, problem.x[0].numel()
-    options = {"steps": STEPS, "doubling": False, "divergence": "hutchinson"}
-    truth = log_likelihood(rev, x, **{**options, "divergence": "exact"}).log_prob
-    two = log_likelihood(rev, x, num_probes=2, probes=Plain(), rng=0, **options)
+FIXED = {"steps": STEPS, "doubling": False, "divergence": "hutchinson"}
+KEPT = {"tol": 0.1, "doubling": False, "divergence": "hutchinson"}
+
+
+def targets(problem: Problem, share: float = 0.6) -> tuple[Row, Row]:
+    """A target of so much of what two probes per knot leave: by the old rule, and by the new one."""
+    rev, x = problem.rev, problem.x
+    truth = log_likelihood(rev, x, **{**FIXED, "divergence": "exact"}).log_prob
+    two = log_likelihood(rev, x, num_probes=2, probes=Plain(), rng=0, **FIXED)
     target = share * float(two.trace_se.square().mean().sqrt())
-    rows = {f"target {target:.2g}, old": old_target(two, truth, target, d)}
-    new = log_likelihood(rev, x, target_se=target, rng=1, **options)
-    rows[f"target {target:.2g}"] = row(new, truth, new.vjps.double() / (STEPS + 1))
-    for n in (2, 4, 8):
-        for name, law in ((f"{n} fresh, old", Plain()), (f"{n} fresh", RademacherProbes())):
-            found = log_likelihood(rev, x, num_probes=n, probes=law, rng=2, **options)
-            rows[name] = row(found, truth, float(n))
-    kept = {"tol": 0.1, "doubling": False, "divergence": "hutchinson"}
-    truth = log_likelihood(rev, x, **{**kept, "divergence": "exact", "tol": 1e-3}).log_prob
-    pair = torch.stack([log_likelihood(rev, x, num_probes=1, rng=seed, **kept).log_prob for seed in (3, 4)])
+    new = log_likelihood(rev, x, target_se=target, rng=1, **FIXED)
+    return old_target(two, truth, target, x[0].numel()), row(new, truth, new.vjps.double() / (STEPS + 1))
+
+
+def fixed(problem: Problem, n: int) -> tuple[Row, Row]:
+    """n fresh probes per knot."""
+    rev, x = problem.rev, problem.x
+    truth = log_likelihood(rev, x, **{**FIXED, "divergence": "exact"}).log_prob
+    old, new = (log_likelihood(rev, x, num_probes=n, probes=p, rng=2, **FIXED) for p in (Plain(), RademacherProbes()))
+    return row(old, truth, float(n)), row(new, truth, float(n))
+
+
+def kept(problem: Problem) -> tuple[Row, Row]:
+    """Probes kept along the path: two, and six."""
+    rev, x = problem.rev, problem.x
+    truth = log_likelihood(rev, x, **{**KEPT, "divergence": "exact", "tol": 1e-3}).log_prob
+    pair = torch.stack([log_likelihood(rev, x, num_probes=1, rng=seed, **KEPT).log_prob for seed in (3, 4)])
     se = (pair[0] - pair[1]).abs() / 2
-    rows["2 kept, old"] = Row(pair.mean(0) - truth, se, 12.7062 * se, torch.full_like(se, 2.0))
-    found = log_likelihood(rev, x, rng=5, **kept)
-    rows["6 kept"] = row(found, truth, 6.0)
-    return rows
+    old = Row(pair.mean(0) - truth, se, 12.7062 * se, torch.full_like(se, 2.0))  # t of one degree of freedom
+    return old, row(log_likelihood(rev, x, rng=5, **KEPT), truth, 6.0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--share", type=float, default=0.6, help="target over the standard error of two probes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     start = time.process_time()
     print("| problem | rule | bias, nats (in its standard errors) | reported / true | coverage | probes per knot |")
     print("|---|---|---|---|---|---|")
     for problem in problems(arguments.cases):
-        for name, found in table(problem, arguments.share).items():
-            print(f"| {problem.name} | {name} | {found} |", flush=True)
+        rows = {"target": targets(problem)} | {f"{n} fresh": fixed(problem, n) for n in (2, 4, 8)}
+        for name, (old, new) in (rows | {"kept": kept(problem)}).items():
+            print(f"| {problem.name} | {name}, old | {old} |\n| {problem.name} | {name} | {new} |", flush=True)
     print(f"\n{arguments.cases} cases each, {time.process_time() - start:.0f} s of CPU time")
 
 
