@@ -102,11 +102,16 @@ def inpaint(known: Tensor, mask: Tensor) -> Project:
     if not bool((torch.isfinite(known) | ~mask).all()):
         raise ValueError("`known` holds NaN or infinite values where `mask` says that the data are known.")
 
+    there: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
     def project(x: Tensor, knot: Knot, draw: Draw) -> Tensor:
-        values = known.to(x)
+        place = x.dtype, x.device
+        if place not in there:  # one copy a run: each waits for the device
+            there[place] = known.to(x), mask.to(x.device)
+        values, held = there[place]
         if not knot.is_data:
             noise = draw.normal("inpaint", knot.half_log_snr)
             values = knot.alpha * values + knot.sigma * noise
-        return torch.where(mask.to(x.device), values, x)
+        return torch.where(held, values, x)
 
     return project
