@@ -208,8 +208,8 @@ def black_box(model, centered, t_span, x, probe=None):
         if probe is None:
             with torch.no_grad():
                 return velocity(x, t).flatten().numpy()
-        v, trace = value_and_traces(lambda x: velocity(x, t), x, [[probe]])
-        return torch.cat([v.flatten(), trace.flatten()]).numpy()
+        v, traces = value_and_traces(lambda x: velocity(x, t), x, [[probe]])
+        return torch.cat([v.flatten(), traces.values.flatten()]).numpy()
 
     start = x.double().flatten().numpy()
     if probe is not None:
