@@ -111,13 +111,13 @@ class Integrated:
     reports: Sequence[Leaves] = ()
 
 
-def failure(result: Integrated, coordinate: Coordinate, law: Law) -> str:
-    """What went wrong and where, for the first row that failed; empty if none did."""
-    failed = (result.status != Status.OK).nonzero().flatten().tolist()
+def failure(status: Tensor, reached: Tensor, coordinate: Coordinate, law: Law) -> str:
+    """What went wrong and where, for the first row that failed; empty if none did. Arguments as in `Integrated`."""
+    failed = (status != Status.OK).nonzero().flatten().tolist()
     if not failed:
         return ""
     row = failed[0]
-    place, code = coordinate.knot(law, float(result.reached[row])).t, Status(int(result.status[row]))
+    place, code = coordinate.knot(law, float(reached[row])).t, Status(int(status[row]))
     return f"sample {row} stopped at t = {place:.6g} ({code.name}): {code.sentence}"
 
 
@@ -469,7 +469,7 @@ class Adaptive(Solver):
             states += [leaf for (leaf,) in result.reports]
             states.append(x)
             calls += result.calls
-            status, message = result.status, failure(result, coordinate, rev.law)
+            status, message = result.status, failure(result.status, result.reached, coordinate, rev.law)
             stats = {"accepted": result.accepted, "rejected": result.rejected}
         if knots[-1].is_data:
             x = rev(x, noisy[-1]).data

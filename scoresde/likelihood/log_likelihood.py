@@ -38,7 +38,11 @@ were off by more, on exact scores of three problems under three laws at 16 steps
 STEPS = 32
 """Steps of the fixed grid by default."""
 TOLERANCE = 1e-3
-"""Tolerance per step of the adaptive integration by default, in nats."""
+"""Tolerance of the adaptive integration by default, in nats: by how much log p may change (see `log_likelihood`)."""
+FINER = 32.0
+"""Between two adaptive runs: twice the steps of a method of order five."""
+ROUNDS = 3
+"""Adaptive runs after the first, at most: with the last, steps are eight times as many."""
 PILOT = 4
 """Estimates per knot that decide how many a target takes: their variance has 3 degrees of freedom or more at every knot
 that matters, so that with three such knots the number is at most 1.3 times what it need be."""
@@ -61,8 +65,9 @@ class Likelihood:
             cannot tell. Statistical: multiply by the t-quantile of `trace_dof` degrees of freedom.
         trace_dof: degrees of freedom of `trace_se`, (B,) (Welch and Satterthwaite); inf for the exact trace.
         discretization: difference between the result and the one with half as many steps (fixed grids; or, if larger,
-            1/32 of the difference between half and a quarter) or with a tolerance 32 times larger (adaptive), (B,);
-            nan without doubling. Three times this is a bar; the result is usually closer by the order of the method.
+            1/32 of the difference between half and a quarter) or with a tolerance per step 32 times larger
+            (adaptive), (B,); nan without doubling. Three times this is a bar; the result is usually closer by the order
+            of the method.
         truncation: a bias, known to first order: what leads from the density at t_min to that at t = 0, signed, (B,).
             See `log_likelihood`.
         prior_mismatch: a bias, known to first order: the model's own estimate of log p_T - log prior at the latent,
@@ -220,7 +225,11 @@ def log_likelihood(
         rev: reverse SDE of a continuous law.
         x: states in model units, (B, *D), finite.
         steps: number of steps of the fixed grid, a multiple of 4 (for the two coarser runs of `doubling`).
-        tol: tolerance per step on log p, in nats, of the adaptive integration; on the state it is a hundredth.
+        tol: tolerance on log p, in nats, of the adaptive integration: a run with that tolerance per step is followed by
+            one with 1/32 of it, and for samples whose log p changes by more than `tol` by further ones, `ROUNDS` at
+            most; NOT_CONVERGED says that it still did. (The errors of steps add up, over hundreds of steps to hundreds
+            of times their tolerance.) On the state the tolerance per step is a hundredth. With ``doubling=False``
+            there is the first run alone, and the error of the result is not known.
         divergence: "exact" (one vector-Jacobian product per dimension), "hutchinson", or "auto": exact up to
             `EXACT_UP_TO` dimensions.
         probes: law of the probe vectors: a name in `PROBES`, an object, or "adapted": the cosine basis for images
@@ -231,7 +240,7 @@ def log_likelihood(
             `Likelihood.refine`. The pilot's `PILOT` estimates are taken first, or `num_probes`, if that is more.
         doubling: estimate the discretisation error: with fixed steps by two more runs, of half and of a quarter of the
             steps, on one more probe that is kept along the path (0.75 times the products of one probe, and as many
-            more at the knots); adaptively by a second run, at 1/32 of the tolerance, whose result is reported.
+            more at the knots); adaptively by further runs, see `tol`, the last of which is reported.
         correct: which of "truncation" and "prior" are added to `log_prob`.
         prior: terminal log density where it is known, (B, *D) -> (B,); the law's prior N(0, prior_std^2 I) by default.
         rng: noise of the probes, as in `solvers.solve`; a list of ints gives every sample its own.
@@ -712,6 +721,96 @@ class _LikelihoodField:
         return replace(self, rev=self.rev.select(rows), groups=groups)
 
 
+@dataclass
+class _Solved:
+    """Adaptive integrations of some samples.
+
+    Attributes:
+        leaves: the latents, log p by each probe up to what is added at the ends, (B, K), and the shares, if any.
+        status: `Status`; this and the following are (B,), on the CPU.
+        reached: the place that was reached.
+        calls: network calls.
+    """
+
+    leaves: list[Tensor]
+    status: Tensor
+    reached: Tensor
+    calls: Tensor
+
+    def log_prob(self, rows: Tensor) -> Tensor:
+        """The mean over the probes for some samples, on the CPU."""
+        return self.leaves[1].mean(1).cpu()[rows]
+
+    def put(self, rows: Tensor, new: _Solved, which: Tensor) -> None:
+        """Results of a further run of `rows`, as far as `which` says."""
+        self.calls[rows] += new.calls
+        at, rows = which.nonzero().flatten(), rows[which]
+        for leaf, value in zip(self.leaves, new.leaves, strict=True):
+            leaf[rows.to(leaf.device)] = value[at.to(leaf.device)]
+        self.status[rows], self.reached[rows] = new.status[at], new.reached[at]
+
+
+@dataclass
+class _Path:
+    """The integration of (y, log det), and of the probes' shares if these are wanted, from t_min to t_max."""
+
+    setup: _Setup
+    coordinate: Coordinate
+    x: Tensor
+    groups: Groups
+    shared: bool
+    max_steps: int
+
+    def run(self, tol: float, rows: Tensor) -> _Solved:
+        """Some samples with a tolerance per step, in nats."""
+        setup, law, at = self.setup, self.setup.law, rows.to(self.x.device)
+        start, stop = law.knot(law.t_min), law.knot(law.t_max)
+        ode = _LikelihoodField(setup.rev, self.coordinate, self.groups, setup.chunk, setup.probes).select(at)
+        k = 1 if self.groups is None else len(self.groups)
+        y = rescale(self.x[at], 1.0 / float(self.coordinate.scale(start)))
+        state = max(tol / 100.0, 4.0 * torch.finfo(y.dtype).eps)
+        leaves: Leaves = (y, torch.zeros(len(y), k, dtype=torch.float64, device=y.device))
+        rtol: tuple[float, ...] = (state, 1e-15)
+        atol: tuple[float, ...] = (state, tol)
+        if self.shared:  # the shares follow the steps of the others
+            shares = torch.zeros(len(y), k, y[0].numel(), dtype=y.dtype, device=y.device)
+            leaves, rtol, atol = (*leaves, shares), (*rtol, 0.0), (*atol, math.inf)
+        places = float(self.coordinate.of(start)), float(self.coordinate.of(stop))
+        result = integrate(ode, *places, leaves, TABLEAUX["dormand_prince"], rtol, atol, self.max_steps)
+        latent = rescale(result.leaves[0], float(self.coordinate.scale(stop)))
+        totals = setup.log_prior(latent)[:, None] + result.leaves[1]
+        return _Solved([latent, totals, *result.leaves[2:]], result.status, result.reached, result.calls)
+
+    def settle(self, tol: float) -> tuple[_Solved, Tensor]:
+        """All samples until their log p changes by at most `tol` between tolerances per step, and that change, (B,)."""
+        rows = torch.arange(len(self.x))
+        solved, change = self.run(tol, rows), torch.full((len(rows),), math.nan, dtype=torch.float64)
+        if not self.setup.doubling:
+            return solved, change
+        limit, rows = max(tol, 3.0 * self.setup.rounding(self.x)), rows[solved.status == Status.OK]
+        for k in range(1, ROUNDS + 1):
+            if not len(rows):
+                break
+            finer = self.run(tol / FINER**k, rows)
+            by = (finer.log_prob(torch.arange(len(rows))) - solved.log_prob(rows)).abs()
+            good = finer.status == Status.OK
+            # one that gives up after there was a change to report leaves what is known
+            solved.put(rows, finer, good if k > 1 else torch.ones_like(good))
+            change[rows[good]] = by[good]
+            rows = rows[good & (by > limit)]
+        solved.status[change > limit] = int(Status.NOT_CONVERGED)
+        return solved, change
+
+    def message(self, solved: _Solved) -> str:
+        """What went wrong, for the first sample that stopped on its way, or else for the first that did not settle."""
+        open_ = solved.status == Status.NOT_CONVERGED
+        stopped = torch.where(open_, int(Status.OK), solved.status)
+        found = failure(stopped, solved.reached, self.coordinate, self.setup.law)
+        if found or not bool(open_.any()):
+            return found
+        return f"sample {int(open_.nonzero()[0])} ({Status.NOT_CONVERGED.name}): {Status.NOT_CONVERGED.sentence}"
+
+
 def _adaptive(setup: _Setup, x: Tensor, tol: float, draw: Draw, max_steps: int) -> Likelihood:
     law, d, coordinate = setup.law, x[0].numel(), Angle(setup.sigma_data)
     groups: Groups = None
@@ -719,53 +818,29 @@ def _adaptive(setup: _Setup, x: Tensor, tol: float, draw: Draw, max_steps: int) 
         groups = [setup.group(draw, "probe", k) for k in range(setup.num_probes)]
     k = 1 if groups is None else len(groups)
     start, stop = law.knot(law.t_min), law.knot(law.t_max)
-    field_ = _LikelihoodField(setup.rev, coordinate, groups, setup.chunk, setup.probes)
-    unit = torch.finfo(x.dtype).eps
-
-    def run(tol: float) -> tuple[Any, Tensor, Tensor]:
-        """The integration, the latent, and log p by each probe up to what is added at the ends."""
-        y = rescale(x, 1.0 / float(coordinate.scale(start)))
-        log_det = torch.zeros(len(x), k, dtype=torch.float64, device=x.device)
-        state = max(tol / 100.0, 4.0 * unit)
-        places = float(coordinate.of(start)), float(coordinate.of(stop))
-        tableau = TABLEAUX["dormand_prince"]
-        leaves: Leaves = (y, log_det)
-        rtol: tuple[float, ...] = (state, 1e-15)
-        atol: tuple[float, ...] = (state, tol)
-        if shared:  # the shares follow the steps of the others
-            shares = torch.zeros(len(x), k, d, dtype=x.dtype, device=x.device)
-            leaves, rtol, atol = (*leaves, shares), (*rtol, 0.0), (*atol, math.inf)
-        result = integrate(field_, *places, leaves, tableau, rtol, atol, max_steps)
-        latent = rescale(result.leaves[0], float(coordinate.scale(stop)))
-        return result, latent, setup.log_prior(latent)[:, None] + result.leaves[1]
-
     with torch.no_grad():
         first, trace_0 = evaluate(setup.rev, start, x, groups, setup.chunk, law=setup.probes)
-        shared = trace_0.shares is not None
-        result, latent, totals = run(tol)
-        calls, status, change = result.calls, result.status, torch.full((len(x),), math.nan, dtype=torch.float64)
-        if setup.doubling:
-            before = totals.mean(1)
-            result, latent, totals = run(tol / 32.0)
-            calls, status = calls + result.calls, result.status
-            change = (totals.mean(1) - before).abs().cpu()
+        path = _Path(setup, coordinate, x, groups, trace_0.shares is not None, max_steps)
+        solved, change = path.settle(tol)
+        latent, totals, *rest = solved.leaves
         last, trace_1 = evaluate(setup.rev, stop, latent, groups, setup.chunk, law=setup.probes)
         terms = setup.terms(first, last)
         remainder, more, products = setup.remainder(first, last, draw)
     scales = d * math.log(float(coordinate.scale(stop)) / float(coordinate.scale(start)))
-    totals, shares, ends = totals + scales, result.leaves[2] if shared else None, []
+    totals, shares, ends = totals + scales, rest[0] if rest else None, []
     for name, term, trace in zip(CORRECTIONS, terms, (trace_0, trace_1), strict=True):
         ends.append(term.constant[:, None] + term.slope * trace.values)
         if name in setup.correct:
             totals = totals + ends[-1]
             shares = None if shares is None or trace.shares is None else shares + term.slope * trace.shares
-    log_prob = torch.where(status == Status.OK, totals.mean(1).cpu(), math.nan)
+    known = (solved.status == Status.OK) | (solved.status == Status.NOT_CONVERGED)
+    log_prob = torch.where(known, totals.mean(1).cpu(), math.nan)
     if groups is None:
         trace_se, dof = torch.zeros_like(log_prob), torch.full_like(log_prob, math.inf)
     else:
         trace_se, dof = (v.cpu() for v in _kept_noise(Traces(totals, trace_0.signs, shares)))
     extra = int(terms[1].slope != 0.0)  # the call at 0, without products
-    calls = calls + 2 + extra
+    calls = solved.calls + 2 + extra
     return Likelihood(
         log_prob=log_prob,
         trace_se=trace_se,
@@ -779,9 +854,9 @@ def _adaptive(setup: _Setup, x: Tensor, tol: float, draw: Draw, max_steps: int) 
         latent=latent,
         nfe=(calls + more) * setup.rev.nfe_per_call,
         vjps=(calls - extra) * setup.products(x.shape[1:], k) + products,
-        status=status,
+        status=solved.status,
         corrected=setup.correct,
-        message=failure(result, coordinate, law),
+        message=path.message(solved),
     )
 
 
