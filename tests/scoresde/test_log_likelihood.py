@@ -430,6 +430,35 @@ def test_one_bar_for_everything():
         result.trace_bar(95)
 
 
+def test_the_adaptive_tolerance_is_that_of_log_p():
+    """A linear score that ripples in lambda, so that log p is an integral over lambda known to 1e-9: the errors of some
+    hundred steps add up to 2 to 13 times the tolerance of one, while the result is within the one asked for."""
+    sde = VPSDE(t_min=1e-4)
+
+    def noise(x, t):
+        knot = sde.knot(t, ndim=x.ndim)
+        return knot.sigma * x * (1.0 + 0.5 * torch.sin(20.0 * knot.half_log_snr) ** 3)
+
+    first, last = sde.knot(sde.t_min), sde.knot(sde.t_max)
+    lam = torch.linspace(float(last.half_log_snr), float(first.half_log_snr), 200001, dtype=torch.float64)
+    # y = x / alpha grows by dlog y = -sigma eps / x dlambda
+    rate = torch.sigmoid(-2.0 * lam) * (1.0 + 0.5 * torch.sin(20.0 * lam) ** 3)
+    growth = float(torch.trapezoid(rate, lam)) + math.log(float(last.alpha) / float(first.alpha))
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = sde.prior_logp(x * math.exp(growth)) + 4 * growth
+    for tol in (0.1, 0.01):
+        result = log_likelihood(sde.reverse(noise=noise), x, tol=tol)
+        per_step = log_likelihood(sde.reverse(noise=noise), x, tol=tol, doubling=False)
+        error = (result.log_prob - exact).abs()
+        assert result.ok and float(error.max()) < tol and bool((error < 3 * result.discretization).all())
+        assert float((per_step.log_prob - exact).abs().max()) > 2 * tol
+    # where a finer run gives up, what is known is given, and flagged
+    short = log_likelihood(sde.reverse(noise=noise), x, tol=0.1, max_steps=100)
+    flagged = short.status == Status.NOT_CONVERGED
+    assert bool(flagged.any()) and bool((short.discretization[flagged] > 0.4).all())
+    assert bool(short.log_prob.isfinite().all()) and "NOT_CONVERGED" in short.message
+
+
 @pytest.mark.parametrize("law", ["vp", "ve", "flow"])
 def test_samples_are_flagged_by_the_size_of_the_bar(law):
     """Sixteen steps are few for these data: of the samples that are not flagged at most 1 % (3 binomial standard
