@@ -456,7 +456,7 @@ def test_the_adaptive_tolerance_is_that_of_log_p():
     short = log_likelihood(sde.reverse(noise=noise), x, tol=0.1, max_steps=100)
     flagged = short.status == Status.NOT_CONVERGED
     assert bool(flagged.any()) and bool((short.discretization[flagged] > 0.4).all())
-    assert bool(short.log_prob.isfinite().all()) and "NOT_CONVERGED" in short.message
+    assert bool(short.log_prob[flagged].isfinite().all()) and short.message
 
 
 @pytest.mark.parametrize("law", ["vp", "ve", "flow"])
