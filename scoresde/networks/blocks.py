@@ -17,7 +17,9 @@ def group_norm(channels: int, groups: int | None = None, eps: float = 1e-5) -> n
 
     Statistics are taken within each sample: rows of a batch do not see each other.
     """
-    groups = min(32, max(1, channels // 4)) if groups is None else groups
+    if groups is not None and (not isinstance(groups, int) or groups < 1):
+        raise ValueError(f"`norm_groups` must be an int >= 1, got {groups!r}.")
+    groups = min(32, max(1, channels // 4)) if groups is None else min(groups, channels)
     while channels % groups:
         groups -= 1
     return nn.GroupNorm(groups, channels, eps=eps)

@@ -18,6 +18,10 @@ from scoresde.pretrained import diffusers, dit, edm, guided_diffusion, schedules
 from scoresde.pretrained.experiments import EXPERIMENTS
 from scoresde.pretrained.mapping import MismatchError, scaled_output
 from scoresde.score_model import DataSpec, ScoreModel
+from scoresde.storage import CheckpointError, load_model, read_tensors, usable_device
+from scoresde.storage.files import read_json
+from scoresde.storage.models import MOST_LEVELS, bounded
+from scoresde.storage.tensors import not_finite, read_config
 from sde_lib import SDES, build
 
 PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm")
@@ -86,8 +90,6 @@ def load_pretrained(
             counterpart here.
         ValueError: for an unknown format, or where the file does not say enough; the message says which option to give.
     """
-    from scoresde.storage import load_model, usable_device
-
     if not isinstance(path, str | Path):
         raise TypeError(f"`path` must be a path, got {type(path).__name__}.")
     path = Path(path)
@@ -135,9 +137,9 @@ def _readable(path: Path) -> Iterator[None]:
     """A file may hold anything under the names of a format, so that reading it may fail in any way: one sentence."""
     try:
         yield
-    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError) as error:
-        from scoresde.storage import CheckpointError
-
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:
         raise CheckpointError(
             f"{path} looks like a published checkpoint, but its contents are not those of one "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): copy the file again."
@@ -155,9 +157,13 @@ def from_edm_pickle(path: str | Path, continuous: bool = False) -> ScoreModel:
 def _ready(found: _Found, continuous: bool, bar: Any = None) -> ScoreModel:
     plain = _continuous(found.config) if continuous else found.config
     _stage(bar, "converting")
-    with torch.device("meta"):  # names and shapes are compared before memory is taken
+    # names and shapes are compared before memory is taken; published networks have a few thousand modules
+    with torch.device("meta"), bounded(20_000):
         network = build(NETWORKS, plain["network"], "network")
     state = found.convert(network)
+    bad = not_finite(state)
+    if bad is not None:
+        raise CheckpointError(f"Weight {bad!r} of the checkpoint is NaN or infinite: take another one.")
     _stage(bar, "building")
     model = ScoreModel.from_config(plain)
     floating = {value.dtype for value in state.values() if value.is_floating_point()}
@@ -195,16 +201,12 @@ def _own(path: Path) -> Path | None:
         path = path / "model.safetensors"
     if path.suffix != ".safetensors":
         return None
-    from scoresde.storage.tensors import read_config
-
     return path if read_config(path) is not None else None
 
 
 def _read(path: Path) -> Any:
     """Contents of a file: safetensors, or what torch.save wrote, without running code."""
     import pickle
-
-    from scoresde.storage import CheckpointError, read_tensors
 
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
@@ -338,15 +340,14 @@ def _diffusers(path: Path, size: int | None) -> _Found:
     if kind not in kinds:
         raise MismatchError(f"`prediction_type` = {kind!r} has no counterpart here.")
     n = scheduler.get("num_train_timesteps", 1000)
+    if type(n) is not int or not 2 <= n <= MOST_LEVELS:
+        raise MismatchError(f"`num_train_timesteps` must be an int in 2 … {MOST_LEVELS}, got {n!r}.")
     sde = diffusers.chain(scheduler, n)
     return _Found(_model("unet", options, sde, levels=n, label="index", parameterization=kinds[kind]), convert)
 
 
 def _section(path: Path) -> dict[str, Any]:
     """A configuration of diffusers."""
-    from scoresde.storage import CheckpointError
-    from scoresde.storage.files import read_json
-
     found = read_json(path)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a mapping of options, got {type(found).__name__}.")

@@ -110,7 +110,7 @@ def _skeleton(
         levels = config.get("levels", 0)
         if type(levels) is not int or not 0 <= levels <= MOST_LEVELS:
             raise ValueError(f"`levels` must be an int in 0 … {MOST_LEVELS}, got {levels!r}.")
-        with torch.device("meta"), _bounded(20 * len(tensors) + 200):  # two or three a tensor are usual
+        with torch.device("meta"), bounded(20 * len(tensors) + 200):  # two or three a tensor are usual
             network = build(NETWORKS, config["network"], "network")
     network = network if dtype is None else network.to(dtype)
     return {f"network.{name}": value for name, value in network.state_dict().items()}
@@ -124,25 +124,6 @@ def _explained(where: str | Path) -> Iterator[None]:
     except Exception as error:
         kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
         raise CheckpointError(f"The model configuration in {where} cannot be built: {kind}{one_line(error)}") from error
-
-
-@contextmanager
-def _bounded(most: int) -> Iterator[None]:
-    """Stops a construction that makes more than so many modules: it could go on for ever."""
-    thread, count = threading.get_ident(), 0
-
-    def module(owner: nn.Module, name: str, value: nn.Module | None) -> None:
-        nonlocal count
-        if threading.get_ident() == thread:
-            count += 1
-            if count > most:
-                raise ValueError("the network has more layers than the tensors that are there can belong to")
-
-    hook = registration.register_module_module_registration_hook(module)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def find_model(path: str | Path, ema: bool = True) -> Path:
@@ -185,3 +166,22 @@ def usable_device(device: str | torch.device) -> torch.device:
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:  # torch's words for it
         raise ValueError(f"Cannot use device {str(device)!r}: {one_line(error)}") from error
     return found
+
+
+@contextmanager
+def bounded(most: int) -> Iterator[None]:
+    """Stops a construction that makes more than so many modules: it could go on for ever."""
+    thread, count = threading.get_ident(), 0
+
+    def module(owner: nn.Module, name: str, value: nn.Module | None) -> None:
+        nonlocal count
+        if threading.get_ident() == thread:
+            count += 1
+            if count > most:
+                raise ValueError("the network has more layers than the tensors that are there can belong to")
+
+    hook = registration.register_module_module_registration_hook(module)
+    try:
+        yield
+    finally:
+        hook.remove()

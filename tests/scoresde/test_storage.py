@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from scoresde.networks import NETWORKS
+from scoresde.pretrained import load_pretrained
 from scoresde.score_model import ScoreModel
 from scoresde.storage import CheckpointError, load_model, read_tensors, save_model, usable_device, write_tensors
 from scoresde.storage.files import parse_json, read_json, write_whole
@@ -166,6 +167,32 @@ def test_folders_of_others_are_told_apart(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(FileNotFoundError, match="scoresde convert"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("config", "norm_num_groups", float("nan")),
+        ("config", "layers_per_block", 10**12),
+        ("config", "in_channels", 10**12),
+        ("config", "block_out_channels", []),
+        ("config", "down_block_types", {}),
+        ("scheduler_config", "num_train_timesteps", 10**12),
+        ("scheduler_config", "prediction_type", [1]),
+        ("scheduler_config", "beta_start", None),
+    ],
+)
+def test_folders_of_diffusers_that_do_harm_are_one_sentence(tmp_path, file, field, value):
+    blocks = {"block_out_channels": [8, 8], "down_block_types": ["DownBlock2D"] * 2, "norm_num_groups": 4}
+    unet = {"_class_name": "UNet2DModel", "sample_size": 8, "up_block_types": ["UpBlock2D"] * 2, **blocks}
+    texts = {"config": unet, "scheduler_config": {}}
+    texts[file] = {**texts[file], field: value}
+    for name, content in texts.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    safetensors.torch.save_file({"conv_in.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError) as caught:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
