@@ -98,6 +98,8 @@ def inpaint(known: Tensor, mask: Tensor) -> Project:
     for name, value in (("known", known), ("mask", mask)):
         if not isinstance(value, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
+    if not all(n == m or 1 in (n, m) for n, m in zip(known.shape[::-1], mask.shape[::-1], strict=False)):
+        raise ValueError(f"`known` {tuple(known.shape)} and `mask` {tuple(mask.shape)} must fit each other.")
     mask = mask.bool()
     if not bool((torch.isfinite(known) | ~mask).all()):
         raise ValueError("`known` holds NaN or infinite values where `mask` says that the data are known.")
@@ -105,6 +107,11 @@ def inpaint(known: Tensor, mask: Tensor) -> Project:
     there: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def project(x: Tensor, knot: Knot, draw: Draw) -> Tensor:
+        if not all(_fits(value.shape, x.shape) for value in (known, mask)):
+            raise ValueError(
+                f"`known` {tuple(known.shape)} and `mask` {tuple(mask.shape)} must fit states of shape "
+                f"{tuple(x.shape)}: (B, *D) or D."
+            )
         place = x.dtype, x.device
         if place not in there:  # one copy a run: each waits for the device
             there[place] = known.to(x), mask.to(x.device)
@@ -115,3 +122,8 @@ def inpaint(known: Tensor, mask: Tensor) -> Project:
         return torch.where(held, values, x)
 
     return project
+
+
+def _fits(shape: torch.Size, state: torch.Size) -> bool:
+    """Whether a tensor of `shape` is broadcast to `state`."""
+    return len(shape) <= len(state) and all(n in (1, m) for n, m in zip(shape[::-1], state[::-1], strict=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -101,6 +102,8 @@ def interpolate(z_0: Tensor, z_1: Tensor, weight: float | Tensor) -> Tensor:
     """
     if not isinstance(weight, Tensor):
         weight = as_number("weight", weight)
+        if not math.isfinite(weight):
+            raise ValueError(f"`weight` must be finite, got {weight}.")
     if z_0.shape != z_1.shape:
         raise ValueError(f"`z_0` and `z_1` must have one shape, got {tuple(z_0.shape)} and {tuple(z_1.shape)}.")
     a, b = (z.reshape(len(z), -1).double() for z in (z_0, z_1))

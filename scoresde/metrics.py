@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scoresde.score_model import DataSpec
 from sde_lib import lookup
-from sde_lib._checks import check_positive
+from sde_lib._checks import check_count, check_positive
 
 Features = str | Callable[[Tensor], Tensor]
 """A name in `FEATURES`, or a function of samples (N, *D) that returns (N, …)."""
@@ -92,6 +92,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 512, seed: int =
         projections: number of directions.
         seed: of the directions.
     """
+    check_count("projections", projections)
     a, b = _pair(x, y)
     centre = b.mean(0)  # projections of differences, not of a common offset: it would cost digits
     generator = torch.Generator().manual_seed(seed)

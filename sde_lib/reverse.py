@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -257,9 +258,22 @@ def reverse_from_function(law: Law, options: Mapping[str, Any]) -> ReverseSDE:
         ) from error
     if condition is not None and not isinstance(condition, Mapping):
         raise TypeError(f"`condition` must be a mapping of the network's arguments, got {type(condition).__name__}.")
+    _check_arguments(name, fn)
     # a chain's own level is an index; every other level is a real number
     dtype = None if noise_level is not None or law.has_time else torch.int64
     return ReverseSDE(law, FunctionOfLevel(fn, _level(law, noise_level), dtype), parameterization, condition)
+
+
+def _check_arguments(name: str, fn: Callable[..., Any]) -> None:
+    """Raise unless `fn` can be called with a state and a time; its other arguments are conditions, given later."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # of builtins, which do not say
+        return
+    try:
+        signature.bind_partial(None, None)
+    except TypeError as error:
+        raise TypeError(f"`{name}` is called as fn(x, t, **condition), and takes {signature}: {error}.") from error
 
 
 def _level(law: Law, noise_level: str | Callable[[Knot], Any] | None) -> Callable[[Knot], Any] | None:

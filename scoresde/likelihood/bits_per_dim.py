@@ -20,6 +20,7 @@ from scoresde.likelihood.dequantization import Dequantization, as_dequantization
 from scoresde.likelihood.log_likelihood import Likelihood, log_likelihood
 from scoresde.likelihood.scores import COLUMNS, ScoreFile, fingerprint
 from scoresde.score_model import DataSpec, ScoreModel
+from scoresde.storage.models import usable_device
 from scoresde.storage.processes import process
 from sde_lib import SDE
 from solvers import PerSample, Status
@@ -152,6 +153,10 @@ def bits_per_dim(
         ValueError: for data that do not fit the specification, a model without one, options out of range, or a file
             that belongs to other data or settings.
     """
+    if devices is not None:
+        if isinstance(devices, str) or not devices:
+            raise ValueError(f"`devices` must be a list of at least one device, or None, got {devices!r}.")
+        devices = [usable_device(device) for device in devices]
     spec, law = _check(model, data, labels, levels, samples, bound, batch_size)
     as_dequantization(dequantization, spec, law.knot(law.t_min))  # refuses an unknown name before the first batch
     name = name_of(dequantization, spec, law.knot(law.t_min))

@@ -20,11 +20,13 @@ from scoresde import (
     continuous_loss,
     divergence,
     from_pretrained,
+    inpaint,
     interpolate,
     load_model,
     load_pretrained,
     sample,
     save_model,
+    sliced_wasserstein,
     train,
 )
 
@@ -141,6 +143,7 @@ def test_classes_that_are_none_are_refused(labels, error, words):
     model.sample(3, "ddim", steps=2, condition={"class_label": torch.tensor([0, 2, 3])})  # 3 is none
 
 
+X = torch.zeros(3, 5)
 MODEL = ScoreModel(MLP((2,), width=8, depth=1), VPSDE(), data_spec=DataSpec((2,)))
 
 
@@ -155,6 +158,11 @@ MODEL = ScoreModel(MLP((2,), width=8, depth=1), VPSDE(), data_spec=DataSpec((2,)
         (lambda: save_model(None, "m.safetensors"), TypeError, "ScoreModel"),
         (lambda: from_pretrained("a name with spaces", local_files_only=True), ValueError, "OWNER/NAME"),
         (lambda: bits_per_dim(MODEL.reverse(), torch.zeros(1, 2)), TypeError, "ScoreModel"),
+        (lambda: bits_per_dim(MODEL, torch.zeros(1, 2), devices=[]), ValueError, "`devices`"),
+        (lambda: bits_per_dim(MODEL, torch.zeros(1, 2), devices=["gpu"]), ValueError, "gpu"),
+        (lambda: sliced_wasserstein(torch.zeros(3, 2), torch.zeros(3, 2), projections=0), ValueError, "`projections`"),
+        (lambda: inpaint(torch.zeros(5), torch.ones(2)), ValueError, "must fit each other"),
+        (lambda: MODEL.sample(3, "ddim", steps=2, project=inpaint(X, X)), ValueError, "must fit states"),
         (lambda: divergence(3, torch.zeros(1, 2)), TypeError, "function"),
         (lambda: interpolate(torch.zeros(1, 2), torch.zeros(1, 2), "0.5"), TypeError, "`weight`"),
         (lambda: ClassifierFreeGuidance(MODEL, 2.0), TypeError, "reverse SDE"),

@@ -63,6 +63,7 @@ def test_calls_of_a_reverse(x, t, error, words):
         (lambda: TabulatedSDE("0.9, 0.5"), TypeError, "`alphas_cumprod`"),
         (lambda: VPSDE().discretize(50).descend("10"), ValueError, "steps='10'"),
         (lambda: VPSDE().discretize(50).knot("3"), TypeError, "level"),
+        (lambda: VPSDE().reverse(score=lambda x: -x), TypeError, r"fn\(x, t, \*\*condition\)"),
         (lambda: Wrapper(None), TypeError, "reverse SDE"),
         (lambda: BrownianPath("seed"), ValueError, "ints"),
         (lambda: Recorded([1.0]), TypeError, "tensors"),
