@@ -338,6 +338,9 @@ def _result(
     failed, unsettled = len(figures) - len(solved), int((status == Status.NOT_CONVERGED).sum())
     if failed:
         what += f"; {failed} of {len(figures)} samples failed and are left out"
+    if bool(torch.isnan(column["trace_se"])[torch.isfinite(figures)].any()):
+        left = ", and log p is not corrected for it" if bound == "iw" and samples > 1 else ""
+        what += f"; the noise of the probes is unknown{left}: take more of them"
     if unsettled:
         what += f"; {unsettled} of {len(figures)} samples are not settled: take more steps"
     return BitsPerDim(

@@ -24,6 +24,7 @@ from scoresde.likelihood.path import Groups, Nodes, Tracer, ascending_knots, eva
 from scoresde.likelihood.pool import Pool
 from scoresde.likelihood.precision import allow_tf32
 from scoresde.likelihood.probes import Probes, as_probes, variance
+from scoresde.likelihood.words import density, described, shown, unknown_noise
 from sde_lib import SDE, Prediction, ReverseSDE
 from sde_lib._checks import check_positive, check_state
 from solvers import TABLEAUX, Angle, Blended, Coordinate, Grid, Multistep, Solver, Status, as_solver
@@ -58,14 +59,15 @@ TOGETHER = 16
 """Estimates taken from one network call at a knot: each holds its products until their scatter is known."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Likelihood:
     r"""Log densities in nats, and how far off they may be, by cause. Per sample, float64, on the CPU.
 
     Attributes:
         log_prob: log p at t_min of the state, (B,), or at t = 0 with ``correct=("truncation",)``; nan where it failed.
-        trace_se: standard error of the trace estimate, (B,): 0 for the exact trace, nan for a single probe, which
-            cannot tell. Statistical: multiply by the t-quantile of `trace_dof` degrees of freedom.
+        trace_se: standard error of the trace estimate, (B,): 0 for the exact trace, nan for a single probe or for less
+            than `KEPT` kept ones, which cannot tell. Statistical: multiply by the t-quantile of `trace_dof` degrees of
+            freedom, as `trace_bar` does. See `scoresde.likelihood.probes.squares`.
         trace_dof: degrees of freedom of `trace_se`, (B,) (Welch and Satterthwaite); inf for the exact trace.
         discretization: difference between the result and the one with half as many steps (fixed grids; or, if larger,
             1/32 of the difference between half and a quarter) or with a tolerance per step 32 times larger
@@ -86,7 +88,8 @@ class Likelihood:
         corrected: which of `CORRECTIONS` are part of `log_prob`.
         kept_log_prob: log p on the one probe that `doubling` keeps along the path, (B,): noisier than `log_prob`, but
             smooth in everything else, so that runs can be compared; None without one.
-        message: what went wrong and where; empty if nothing did.
+        message: what went wrong and where, or why the noise of the trace is unknown; empty if nothing is to be said.
+        what: what log p is the logarithm of.
     """
 
     log_prob: Tensor
@@ -105,7 +108,11 @@ class Likelihood:
     corrected: tuple[str, ...] = ()
     kept_log_prob: Tensor | None = None
     message: str = ""
-    _path: _Sums | None = field(default=None, repr=False, compare=False)
+    what: str = "density"
+    _path: _Sums | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        return described(self)
 
     @property
     def ok(self) -> bool:
@@ -198,6 +205,7 @@ def log_likelihood(
     differentiable: bool = False,
     check: bool = True,
     keep: bool = True,
+    progress: bool | None = False,
 ) -> Likelihood:
     r"""log p_{t_min}(x) of the model's probability-flow ODE, in nats per sample.
 
@@ -263,6 +271,7 @@ def log_likelihood(
         check: look whether results are finite, the one time the host waits for the device; without it they stay on the
             device and `status` is not known.
         keep: store the trajectory for `Likelihood.refine`: steps + 1 states.
+        progress: whether to show a bar that counts network calls; None: on a terminal.
 
     Raises:
         ValueError: for x that is not finite, a chain, or options that make no sense.
@@ -281,7 +290,7 @@ def log_likelihood(
     setup = _Setup(rev, law, as_probes(probes, x.shape[1:]), num_probes, exact, doubling, tuple(correct), prior,
                    sigma_data, chunk, tf32)  # fmt: skip
     draw = as_draw(rng, x.detach())
-    with _memory(x), allow_tf32(tf32, x.device):
+    with _memory(x), allow_tf32(tf32, x.device), shown(rev, progress) as setup.rev:
         if adaptive:
             for name, value in (("target_se", target_se), ("solver", solver), ("grid", grid), ("joint", joint)):
                 if value is not None:
@@ -301,6 +310,8 @@ def log_likelihood(
         if target_se is not None:
             result = result.refine(target_se=target_se)
             result._path = result._path if keep else None
+        if result._path is not None:  # later probes move no bar that is closed
+            result._path.setup = replace(setup, rev=rev)
         return result
 
 
@@ -588,6 +599,8 @@ class _Sums:
             result = [log_prob if v is log_prob and v.requires_grad else v.cpu() for v in result]
             status = status.cpu()
             message = _failure(status, self.nodes)
+        if not bool(torch.as_tensor(pool.count >= 2).all()):
+            message = " ".join(filter(None, [message, unknown_noise(False, 1, 2)]))
         log_prob, trace_se, dof, change, truncated, mismatched, remainder, precision, log_prior = result
         return Likelihood(
             log_prob=log_prob,
@@ -606,6 +619,7 @@ class _Sums:
             corrected=setup.correct,
             kept_log_prob=self.kept.cpu() if self.kept is not None and self.check else self.kept,
             message=message,
+            what=density(setup.law.t_min, setup.correct),
         )
 
     # --- more probes ---
@@ -842,6 +856,7 @@ def _adaptive(setup: _Setup, x: Tensor, tol: float, draw: Draw, max_steps: int) 
         trace_se, dof = torch.zeros_like(log_prob), torch.full_like(log_prob, math.inf)
     else:
         trace_se, dof = (v.cpu() for v in _kept_noise(Traces(totals, trace_0.signs, shares)))
+    silent = unknown_noise(True, k, KEPT) if groups is not None and k < KEPT else ""
     extra = int(terms[1].slope != 0.0)  # the call at 0, without products
     calls = solved.calls + 2 + extra
     return Likelihood(
@@ -859,7 +874,8 @@ def _adaptive(setup: _Setup, x: Tensor, tol: float, draw: Draw, max_steps: int) 
         vjps=(calls - extra) * setup.products(x.shape[1:], k) + products,
         status=solved.status,
         corrected=setup.correct,
-        message=path.message(solved),
+        message=" ".join(filter(None, [path.message(solved), silent])),
+        what=density(law.t_min, setup.correct),
     )
 
 

@@ -30,8 +30,8 @@ def test_a_target_neither_biases_nor_narrows():
 @pytest.mark.parametrize(("place", "cases"), [(0, 4000), (1, 1000), (2, 2000)])
 def test_coverage_on_closed_form_problems(place, cases):
     """At least 1000 cases: 95 % bars of a target, of four fresh probes and of six kept ones cover 93 to 98 % (binomial
-    standard deviation 0.7 % or less) and their means are right; the old rule for a target falls outside, and its mean is
-    off."""
+    standard deviation 0.7 % or less) and their means are right; the old rule for a target falls outside, and its mean
+    is off."""
     problem = coverage.problems(cases)[place]
     old, new = coverage.targets(problem)
     assert old.coverage < 0.93 and abs(old.bias) > 5, str(old)

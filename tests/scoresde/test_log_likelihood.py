@@ -487,6 +487,39 @@ def test_precision_bar_covers_float32():
     assert double.precision[0] < 1e-13
 
 
+def test_few_probes_say_that_they_tell_nothing():
+    """Two kept probes agree in half of the cases where two elements are coupled: there is no bar, and a sentence says
+    why; six agree in 3 % of them, and 95 % bars cover within three binomial standard deviations of 97 %."""
+    coupled = VPSDE().reverse(noise=lambda x, t: x.flip(1))
+    x = torch.zeros(400, 2, dtype=torch.float64)
+    options = {"divergence": "hutchinson", "tol": 0.1, "doubling": False, "rng": 0}
+    two, six = log_likelihood(coupled, x, num_probes=2, **options), log_likelihood(coupled, x, **options)
+    exact = log_likelihood(coupled, x[:1], divergence="exact", tol=0.1, doubling=False).log_prob
+    assert two.trace_se.isnan().all() and two.error().isnan().all() and two.ok and "num_probes=6" in two.message
+    covered = ((six.log_prob - exact).abs() <= six.trace_bar()).double().mean()
+    assert six.message == "" and abs(float(covered) - 0.97) < 3 * math.sqrt(0.03 * 0.97 / 400)
+    one = log_likelihood(coupled, x[:1], steps=8, num_probes=1, divergence="hutchinson", rng=0)
+    assert one.trace_se.isnan().all() and "num_probes=2" in one.message and one.message in str(one)
+    more = one.refine(num_probes=1)
+    assert not more.trace_se.isnan().any() and "num_probes" not in more.message
+
+
+def test_print_says_what_it_is_and_how_far_off(capsys):
+    data = mixture((6,))
+    x = data.sample(4, torch.Generator().manual_seed(1), torch.float64)
+    rev = data.reverse(VPSDE())
+    result = log_likelihood(rev, x, steps=32, divergence="hutchinson", rng=0, progress=True)
+    bar = capsys.readouterr().err
+    assert f"{int(result.nfe[0])}call" in bar
+    text = str(result)
+    assert "4 samples in 6 dimensions" in text and "density at t = 0.001" in text and len(text.splitlines()) <= 6
+    for cause in ("trace", "discretization", "precision", "truncation", "prior mismatch"):
+        assert cause in text
+    both = str(log_likelihood(rev, x[:1], steps=32, correct=["truncation", "prior"], rng=0))
+    assert "1 sample in" in both and "density at t = 0 " in both and "not added" not in both
+    assert capsys.readouterr().err == ""
+
+
 # --- refine ----------------------------------------------------------------------------------------------------------
 
 
