@@ -78,7 +78,8 @@ class Likelihood:
         prior_mismatch: a bias, known to first order: the model's own estimate of log p_T - log prior at the latent,
             signed, (B,); 0 where the terminal density was handed over.
         remainder: a bound on what the terms in `corrected` leave, (B,): twice their next orders, which take three more
-            calls for each; 0 where nothing is corrected.
+            calls for each; 0 where nothing is corrected. Too small where sigma at t_min is above a third of the
+            smallest scale of the data: there the series of truncation does not converge.
         precision: what the arithmetic leaves uncertain, (B,): an order of magnitude.
         log_prior: log density of the latent under the prior, (B,).
         latent: the state at t_max, (B, *D), on the device of x.

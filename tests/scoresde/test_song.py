@@ -353,14 +353,21 @@ class Given(Probes):
         return [self.vector.to(z)]
 
 
+RK45_ERROR = {"ve": 5e-4, "vp": 3.5e-3, "subvp": 5e-4}
+"""Bits/dim: how far RK45 at 1e-5 on the flattened batch is off, in float32 as in float64. Against tighter tolerances up
+to 4e-4 on VE and 3.1e-3 on VP over several points and probes; sub-VP was seen on the recorded ones alone."""
+STEPS_ERROR = 5e-3
+"""Bits/dim: how far our single run with 0.01 nats per step is off, over some hundred steps: up to 4.2e-3 on both."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("probe", ["ve/rademacher", "ve/gaussian", "vp/rademacher", "subvp/rademacher"])
 def test_likelihoods(golden, probe):
     """The published procedure with the recorded probe on our model gives its bits/dim, of about 15, and its calls.
 
-    The recorded figures of VP and sub-VP are those with accurate coefficients. The peer's network computes in float32,
-    which near t = 1e-5 on VP moves the result of RK45 by 1e-3. Ours differs by the error of its tolerance, 0.01 nats
-    per step over some hundred steps.
+    The recorded figures of VP and sub-VP are those with accurate coefficients. Neither side is exact: see `RK45_ERROR`
+    and `STEPS_ERROR`. The peer's network computes in float32, which changes its steps, so that its result and that of
+    its procedure on our network may be off by that much each, in opposite directions.
     """
     tag, kind = probe.split("/")
     with np.load(golden / f"likelihood_{tag}.npz") as file:
@@ -382,11 +389,11 @@ def test_likelihoods(golden, probe):
     end, change, calls = black_box(model, centered, (1e-5, 1.0), x, vector)
     published = bits(prior(end) + change)
     assert abs(calls - int(z[f"nfe{exact}"])) <= 0.05 * calls
-    assert float((published - want).abs().max()) < (2e-3 if tag == "vp" else 2e-4)
+    assert float((published - want).abs().max()) < 2 * RK45_ERROR[tag]
     y = x if centered else 2.0 * x - 1.0
     jacobian = 0.0 if centered else dims * math.log(2.0)
     found = log_likelihood(
         model.reverse(), y, tol=1e-2, divergence="hutchinson", probes=Given(vector), num_probes=1, doubling=False,
         prior=lambda y: prior(y if centered else (y + 1.0) / 2.0) - jacobian,
     )  # fmt: skip
-    assert float((bits(found.log_prob + jacobian) - want).abs().max()) < 5e-3
+    assert float((bits(found.log_prob + jacobian) - want).abs().max()) < RK45_ERROR[tag] + STEPS_ERROR
