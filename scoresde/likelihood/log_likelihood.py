@@ -20,6 +20,7 @@ from scoresde.likelihood.divergence import (
     value_and_traces,
 )
 from scoresde.likelihood.ends import Term, mismatch, mismatch_remainder, truncation, truncation_remainder
+from scoresde.likelihood.intervals import half_width
 from scoresde.likelihood.path import Groups, Nodes, Tracer, ascending_knots, evaluate, measure
 from scoresde.likelihood.pool import Pool
 from scoresde.likelihood.precision import allow_tf32
@@ -122,12 +123,7 @@ class Likelihood:
 
     def trace_bar(self, confidence: float = 0.95) -> Tensor:
         """Half width of the confidence interval for the noise of the trace: t-quantile times standard error, (B,)."""
-        if not 0 < confidence < 1:
-            raise ValueError(f"`confidence` must lie in (0, 1), got {confidence!r}.")
-        from scipy.special import stdtrit  # here: `import scoresde` stays light
-
-        quantile = stdtrit(self.trace_dof.clamp(max=1e9).numpy(), 0.5 + confidence / 2)
-        return torch.as_tensor(quantile, dtype=torch.float64) * self.trace_se
+        return half_width(self.trace_se, self.trace_dof, confidence)
 
     def error(self, confidence: float = 0.95) -> Tensor:
         r"""Half width of the interval about `log_prob` for the density that `log_prob` is of, (B,), in nats.
