@@ -354,8 +354,9 @@ class Given(Probes):
 
 
 RK45_ERROR = {"ve": 5e-4, "vp": 3.5e-3, "subvp": 5e-4}
-"""Bits/dim: how far RK45 at 1e-5 on the flattened batch is off, in float32 as in float64. Against tighter tolerances up
-to 4e-4 on VE and 3.1e-3 on VP over several points and probes; sub-VP was seen on the recorded ones alone."""
+"""Bits/dim: how far RK45 at 1e-5 on the flattened batch is off, in float32 as in float64. On VE up to 4e-4 against
+RK45 at 1e-7 (four probes); on VP about 3e-3 against a run that is itself good to about 2e-3 (two probes), so an upper
+estimate; sub-VP was seen on the recorded probe alone and is given VE's."""
 STEPS_ERROR = 5e-3
 """Bits/dim: how far our single run with 0.01 nats per step is off, over some hundred steps: up to 4.2e-3 on both."""
 
