@@ -14,8 +14,8 @@
 # # Likelihood from the ground up: every error bar against the truth
 #
 # **Goal.** Compute log p through the probability-flow ODE where the true density is known, and see what each part of
-# the error bar stands for: the trace estimator, the discretisation, the truncation at the smallest noise level, the
-# prior. Then integers: dequantization, and bounds.
+# the error bar stands for, the trace estimator and the discretisation, and what the two biases are, the truncation at
+# the smallest noise level and the prior. Then integers: dequantization, and bounds.
 #
 # **Runtime** about half a minute on a CPU. **Needs** `scoresde` and matplotlib.
 #
@@ -198,7 +198,8 @@ assert float((known - found.prior_mismatch).abs().max()) < 0.01 * float(known.ab
 # %% [markdown]
 # ## 5. One bar for everything
 #
-# `Likelihood.error` puts the parts together. Against the true density of the data, sample by sample:
+# With both biases corrected, `Likelihood.error` is a bar for the density at t = 0: the noise of the trace, the
+# discretisation and what the corrections may leave. Against the true density of the data, sample by sample:
 
 # %%
 found = log_likelihood(rev, x, steps=32, divergence="hutchinson", num_probes=8, correct=["truncation", "prior"], rng=0)

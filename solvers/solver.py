@@ -76,7 +76,7 @@ class Status(IntEnum):
 _SENTENCES = {
     Status.OK: "solved",
     Status.NON_FINITE: "the state or a network output is not finite; check the model at the reported time",
-    Status.MAX_STEPS: "max_steps reached; raise it, or loosen rtol and atol",
+    Status.MAX_STEPS: "max_steps reached; raise it, or loosen the tolerance",
     Status.STEP_TOO_SMALL: "the step size fell below the resolution of time; the model may be discontinuous there",
     Status.NOT_CONVERGED: "the error bar of the discretisation is longer than it may be; take more steps, or the "
     "adaptive integration (tol=…) with a tolerance that can be reached",

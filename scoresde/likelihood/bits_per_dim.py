@@ -17,12 +17,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.likelihood.dequantization import Dequantization, as_dequantization, name_of
+from scoresde.likelihood.doors import check_labels, check_options
 from scoresde.likelihood.log_likelihood import Likelihood, log_likelihood
 from scoresde.likelihood.scores import COLUMNS, ScoreFile, fingerprint
 from scoresde.score_model import DataSpec, ScoreModel
 from scoresde.storage.models import usable_device
 from scoresde.storage.processes import process
 from sde_lib import SDE
+from sde_lib._checks import check_count
 from solvers import PerSample, Status
 
 BOUNDS = ("elbo", "iw")
@@ -52,6 +54,8 @@ class BitsPerDim:
         samples: draws per sample.
         t_min: the time at which the density was evaluated.
         what: a sentence that says what the figure is.
+        corrected: which of the terms are part of the figures, as in `Likelihood`, whose bound on what they leave
+            (`remainder`) is not kept here.
     """
 
     mean: float
@@ -71,18 +75,19 @@ class BitsPerDim:
     samples: int
     t_min: float
     what: str
+    corrected: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.mean:.4f} +- {self.standard_error:.4f} bits/dim ({self.what})"
 
     @property
     def systematic(self) -> dict[str, float]:
-        """What does not average out over the data set, in bits/dim of the mean: a bar, or a signed term, by cause."""
-        ok = torch.isfinite(self.per_sample)
-        terms = {name: getattr(self, name)[ok] for name in ("discretization", "truncation", "prior_mismatch")}
-        return {name: float(values.mean()) for name, values in terms.items()} | {
-            "precision": float(self.precision[ok].mean())
-        }
+        """What does not average out over the data set, in bits/dim of the mean, by cause: the discretisation and the
+        precision are sizes, truncation and prior mismatch terms in log p with a sign, without those that are corrected.
+        """
+        ok, done = torch.isfinite(self.per_sample), [{"prior": "prior_mismatch"}.get(c, c) for c in self.corrected]
+        causes = [c for c in ("discretization", "truncation", "prior_mismatch", "precision") if c not in done]
+        return {name: float(getattr(self, name)[ok].mean()) for name in causes}
 
     def summary(self) -> dict[str, Any]:
         """All but the figures per sample, ready for JSON."""
@@ -150,6 +155,7 @@ def bits_per_dim(
         **options: of `log_likelihood` (steps, tol, divergence, probes, num_probes, target_se, …).
 
     Raises:
+        TypeError: for an option that there is not, labels or data that are no tensor.
         ValueError: for data that do not fit the specification, a model without one, options out of range, or a file
             that belongs to other data or settings.
     """
@@ -157,7 +163,8 @@ def bits_per_dim(
         if isinstance(devices, str) or not devices:
             raise ValueError(f"`devices` must be a list of at least one device, or None, got {devices!r}.")
         devices = [usable_device(device) for device in devices]
-    spec, law = _check(model, data, labels, levels, samples, bound, batch_size)
+    check_options("bits_per_dim", log_likelihood, options, ("rev", "x", "rng", "condition", "keep", "progress"))
+    spec, law = _check(model, data, labels, levels, samples, bound, batch_size, seed)
     as_dequantization(dequantization, spec, law.knot(law.t_min))  # refuses an unknown name before the first batch
     name = name_of(dequantization, spec, law.knot(law.t_min))
     options = {"sigma_data": model.sigma_data, **options}
@@ -181,7 +188,8 @@ def bits_per_dim(
         if file is not None:
             file.merge(done)
     table = torch.tensor([done[i] for i in range(len(data))], dtype=torch.float64)
-    return _result(table, spec, law, name if spec.levels is not None else None, bound, samples)
+    corrected = tuple(options.get("correct", ()))
+    return _result(table, spec, law, name if spec.levels is not None else None, bound, samples, corrected)
 
 
 def _check(
@@ -192,6 +200,7 @@ def _check(
     samples: int,
     bound: str,
     batch_size: int,
+    seed: int,
 ) -> tuple[DataSpec, SDE]:
     if not isinstance(model, ScoreModel):
         raise TypeError(f"bits_per_dim needs a ScoreModel, got {type(model).__name__} (see log_likelihood).")
@@ -202,16 +211,16 @@ def _check(
         raise ValueError("bits_per_dim goes through the ODE, which a chain does not have: use elbo() for its bound.")
     if len(data) == 0:
         raise ValueError("`data` is empty.")
-    for name, value in (("samples", samples), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be an int >= 1, got {value!r}.")
+    check_count("samples", samples)
+    check_count("batch_size", batch_size)
+    if not isinstance(seed, int):
+        raise TypeError(f"`seed` must be an int, got {seed!r}.")
     if bound not in BOUNDS:
         raise ValueError(f"`bound` must be one of {', '.join(BOUNDS)}, got {bound!r}.")
     if levels is not None and levels != spec.levels:
         raise ValueError(f"`levels` = {levels}, but the model was made for data with {spec.levels or 'no'} levels.")
-    if labels is not None and labels.shape != data.shape[:1]:
-        raise ValueError(f"`labels` must have shape ({len(data)},), got {tuple(labels.shape)}.")
     spec.check(data)
+    check_labels(spec, labels, len(data))
     return spec, model.law
 
 
@@ -322,19 +331,26 @@ def _gathered(done: dict[int, list[float]]) -> dict[int, list[float]]:
 
 
 def _result(
-    table: Tensor, spec: DataSpec, law: SDE, dequantization: str | None, bound: str, samples: int
+    table: Tensor,
+    spec: DataSpec,
+    law: SDE,
+    dequantization: str | None,
+    bound: str,
+    samples: int,
+    corrected: tuple[str, ...],
 ) -> BitsPerDim:
     column = dict(zip(COLUMNS, table.unbind(1), strict=True))
     status = column["status"].long()
     figures = column["bits_per_dim"]
     solved = figures[torch.isfinite(figures)]
     error = float(solved.std() / math.sqrt(len(solved))) if len(solved) > 1 else math.nan
+    place = "t = 0" if "truncation" in corrected else f"t = {law.t_min:g}"
     if dequantization is None:
-        what = f"negative log density in data units at t = {law.t_min:g}"
+        what = f"negative log density in data units at {place}"
     else:
         kind = {"elbo": "bound", "iw": f"importance-weighted bound, {samples} draws,"}[bound]
         kind = "bound" if samples == 1 else kind
-        what = f"{kind} by {dequantization} dequantization of {spec.levels} levels, density at t = {law.t_min:g}"
+        what = f"{kind} by {dequantization} dequantization of {spec.levels} levels, density at {place}"
     failed, unsettled = len(figures) - len(solved), int((status == Status.NOT_CONVERGED).sum())
     if failed:
         what += f"; {failed} of {len(figures)} samples failed and are left out"
@@ -361,4 +377,5 @@ def _result(
         samples=samples,
         t_min=law.t_min,
         what=what,
+        corrected=corrected,
     )

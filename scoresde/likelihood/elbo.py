@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.likelihood.dequantization import AUTO
+from scoresde.likelihood.doors import check_labels, check_options
 from scoresde.likelihood.intervals import half_width, satterthwaite
 from scoresde.score_model import DataSpec, ScoreModel
 from sde_lib import SDE, Chain, Knot, NoisePrediction, Prediction, ReverseSDE, ScorePrediction
-from sde_lib._checks import check_positive, check_state
+from sde_lib._checks import check_count, check_positive, check_state
 from solvers import PerSample
 from solvers.noise import Draw, Rng, as_draw
 
@@ -504,14 +505,20 @@ def elbo_of_data(
         **options: of `elbo` (times, draws, variance).
 
     Raises:
+        TypeError: for what is no score model, an option that there is not, labels or data that are no tensor.
         ValueError: for data that do not fit the specification, or a model without one.
     """
+    if not isinstance(model, ScoreModel):
+        raise TypeError(f"elbo_of_data needs a ScoreModel, got {type(model).__name__} (see elbo).")
+    check_options("elbo_of_data", elbo, options, ("rev", "x", "data_spec", "rng", "condition"))
+    check_count("batch_size", batch_size)
     spec = model.data_spec
     if spec is None:
         raise ValueError("elbo_of_data needs a model with a data_spec: shape, scaling and levels of the data.")
     if len(data) == 0:
         raise ValueError("`data` is empty.")
     spec.check(data)
+    check_labels(spec, labels, len(data))
     if dequantization not in ("auto", "none", "uniform"):
         raise ValueError(f"`dequantization` must be auto, none or uniform, got {dequantization!r}.")
     law = model.law

@@ -16,8 +16,8 @@ def half_width(standard_error: Tensor, dof: Tensor, confidence: float) -> Tensor
         raise ValueError(f"`confidence` must lie in (0, 1), got {confidence!r}.")
     from scipy.special import stdtrit  # here: `import scoresde` stays light
 
-    quantile = stdtrit(dof.clamp(max=1e9).numpy(), 0.5 + confidence / 2)
-    return torch.as_tensor(quantile, dtype=torch.float64) * standard_error
+    quantile = stdtrit(dof.clamp(max=1e9).cpu().numpy(), 0.5 + confidence / 2)
+    return torch.as_tensor(quantile, dtype=torch.float64, device=standard_error.device) * standard_error
 
 
 def satterthwaite(variances: Tensor, dof: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from scoresde.likelihood.log_likelihood import Likelihood
 
 
-def density(t_min: float, corrected: Collection[str]) -> str:
-    """What log p is the logarithm of."""
-    place = "t = 0" if "truncation" in corrected else f"t = {t_min:g}"
-    prior = "" if "prior" in corrected else ", its law at the end taken for the prior"
+def density(t_min: float, at_zero: bool, terminal: bool) -> str:
+    """What log p is the logarithm of: whether it is corrected to t = 0, and whether the law at the end is known."""
+    place = "t = 0" if at_zero else f"t = {t_min:g}"
+    prior = "" if terminal else ", its law at the end taken for the prior"
     return f"density at {place} by the probability-flow ODE{prior}"
+
+
+def sentences(*parts: str) -> str:
+    """Those that are not empty, one after the other."""
+    return ". ".join(filter(None, parts))
 
 
 def unknown_noise(kept: bool, count: int, least: int) -> str:
@@ -51,7 +56,11 @@ def described(result: Likelihood) -> str:
         causes = ", ".join(f"{name} {_size(value[solved])}" for name, value in parts.items())
         lines.append(f"  95 % bar {_size(result.error()[solved])}: {causes}")
         biases = (("truncation", "truncation", result.truncation), ("prior", "prior mismatch", result.prior_mismatch))
-        left = [f"{words} {float(v[solved].median()):+.2g}" for key, words, v in biases if key not in result.corrected]
+        left = [
+            f"{words} {float(v[solved].median()):+.2g}"
+            for key, words, v in biases
+            if key not in result.corrected and bool(v[solved].any())  # 0 where there is none: a known terminal density
+        ]
         if left:
             lines.append(f"  not added: {', '.join(left)}")
     calls, products = (float(v.double().mean()) for v in (result.nfe, result.vjps))

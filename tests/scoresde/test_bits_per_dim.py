@@ -307,7 +307,11 @@ def test_the_summary_says_what_the_figure_is():
     summary = json.loads(json.dumps(result.summary()))
     assert summary["count"] == 6 and summary["failed"] == 0 and summary["levels"] == 5
     assert set(summary["systematic"]) == {"discretization", "truncation", "prior_mismatch", "precision"}
-    assert summary["mean"] == result.mean and summary["what"] in str(result)
+    assert summary["mean"] == result.mean and summary["what"] in str(result) and "at t = 0.0001" in result.what
+    both = bits_per_dim(model, counts, tol=1e-3, correct=["truncation", "prior"])
+    assert set(both.systematic) == {"discretization", "precision"} and "at t = 0" in both.what.split(", ")[-1]
+    gained = result.systematic["truncation"] + result.systematic["prior_mismatch"]
+    assert both.mean == pytest.approx(result.mean - gained, abs=1e-9)
 
 
 def test_failed_samples_are_left_out_and_counted():
@@ -358,8 +362,15 @@ def test_bad_arguments_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             bits_per_dim(model, counts, **options)
-    with pytest.raises(TypeError, match="dequantization"):
-        bits_per_dim(model, counts, dequantization=3)
+    for options, message in (
+        ({"dequantization": 3}, "dequantization"),
+        ({"labels": [0, 1, 1]}, "`labels` must be a tensor"),
+        ({"step": 8}, "no option 'step'. Did you mean 'steps'"),
+        ({"rng": 0}, "no option 'rng'"),
+        ({"seed": "0"}, "`seed` must be an int"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            bits_per_dim(model, counts, **options)
     with pytest.raises(ValueError, match="data_spec"):
         bits_per_dim(ScoreModel(Exact(data, law), law, "v", "time", None, 1.0, "none"), counts)
     chain = ScoreModel(Exact(data, law), law.discretize(50), "v", "index", DataSpec.integers((2,), 5), 1.0, "none")

@@ -370,5 +370,15 @@ def test_bad_arguments_are_refused():
     model = ScoreModel(torch.nn.Identity(), VPSDE(), "v", "time", SPEC, 1.0, "none")
     with pytest.raises(ValueError, match="auto, none or uniform"):
         elbo_of_data(model, torch.zeros(2, 1, dtype=torch.int64), dequantization="normal")
+    for options, message in (
+        ({"labels": [0, 1]}, "`labels` must be a tensor"),
+        ({"labels": torch.zeros(3)}, r"`labels` must have shape \(2,\)"),
+        ({"time": 8}, "Did you mean 'times'"),
+        ({"batch_size": 0}, "batch_size"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            elbo_of_data(model, torch.zeros(2, 1, dtype=torch.int64), **options)
+    with pytest.raises(TypeError, match="needs a ScoreModel"):
+        elbo_of_data(rev, x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="log variance like x"):
         elbo(MIXTURE.reverse(VPSDE().discretize(50)), x, variance=lambda v, k: v[:, 0])

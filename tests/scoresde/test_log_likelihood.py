@@ -142,9 +142,6 @@ class Logged(Wrapper):
         self.log.append((len(x), *((t.t, t.t) if isinstance(t.t, float) else (float(t.t.min()), float(t.t.max())))))
         return self.inner(x, t)
 
-    def around(self, inner):
-        return Logged(inner, self.log)
-
 
 def spectrum(d=48, low=1e-3, high=9.0, seed=0):
     """A Gaussian with eigenvalues over four decades in a random basis."""
@@ -613,6 +610,29 @@ def test_a_failing_sample_on_fixed_steps_costs_itself_only():
     assert "sample 0" in result.message and "t = 0.5" in result.message
 
 
+def test_what_did_not_settle_is_not_said_to_have_failed_and_hides_no_failure():
+    def rough(v, t, factor):
+        return v * (factor * torch.sin(4000.0 * t))[:, None]
+
+    x, factor = torch.ones(2, 20, dtype=torch.float64), torch.tensor([1.0, math.nan], dtype=torch.float64)
+    rev, options = VPSDE().reverse(noise=rough), {"steps": 16, "divergence": "hutchinson", "num_probes": 1}
+    both = log_likelihood(rev, x, rng=[0, 1], condition={"factor": factor}, **options)
+    assert both.status.tolist() == [Status.NOT_CONVERGED, Status.NON_FINITE]
+    assert both.message.startswith("sample 1 failed at t = ") and "(NON_FINITE)" in both.message
+    assert ". One probe per knot" in both.message
+    one = log_likelihood(rev, x[:1], rng=[0], condition={"factor": factor[:1]}, **options)
+    assert one.message.startswith("sample 0 (NOT_CONVERGED)")
+
+
+def test_a_known_terminal_density_is_not_said_to_be_taken_for_the_prior():
+    sde, data = VPSDE(), GaussianMixture([[0.5, 0.0]], std=0.5)
+    x = torch.zeros(2, 2, dtype=torch.float64)
+    known = log_likelihood(data.reverse(sde), x, prior=lambda z: data.log_prob(z, sde.knot(sde.t_max)))
+    guessed = log_likelihood(data.reverse(sde), x)
+    assert "taken for the prior" in str(guessed) and "prior mismatch" in str(guessed)
+    assert "prior" not in str(known)
+
+
 def test_a_device_that_is_too_small_says_what_to_change():
     def hungry(v, t):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
@@ -684,10 +704,17 @@ def test_bad_arguments_are_refused():
         ({"steps": 8, "solver": Heun(), "joint": True}, "joint=False"),
         ({"correct": ["trunc"]}, "truncation"),
         ({"correct": "truncation"}, "collection"),
+        ({"correct": None}, "collection"),
         ({"sigma_data": 0.0}, "sigma_data"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"batch_rows": 0}, "batch_rows"),
+        ({"prior": lambda z: z}, r"tensor of shape \(2,\), got shape \(2, 1\)"),
+        ({"prior": lambda z: 0.0}, "got float"),
     ):
         with pytest.raises(ValueError, match=message):
             log_likelihood(rev, x, **options)
+    with pytest.raises(TypeError, match="`prior` must be a function"):
+        log_likelihood(rev, x, prior=3)
     with pytest.raises(ValueError, match="NaN"):
         log_likelihood(rev, torch.tensor([[math.nan]]))
     with pytest.raises(ValueError, match="chain"):
