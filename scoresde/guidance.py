@@ -27,13 +27,15 @@ class ClassifierFreeGuidance(Wrapper):
     Args:
         inner: a conditional reverse SDE.
         scale: w, a finite number.
-        null: conditions of the unconditional model; None for every condition that `inner` has when called, by default.
+        null: conditions of the unconditional model, batch first as any; None for every condition that `inner` has when
+            called, by default.
 
     Raises:
         ValueError: for a scale that is not finite; when called without any condition to leave out.
     """
 
     describes = "guided"
+    per_row = ("null",)
 
     def __init__(self, inner: ReverseSDE, scale: float, null: Mapping[str, Any] | None = None) -> None:
         super().__init__(inner)

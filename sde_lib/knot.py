@@ -144,7 +144,8 @@ class Knot:
         if dtype is None and x.dtype not in _WIDE:
             dtype = torch.float32
         if isinstance(value, Tensor):
-            return value.reshape(-1).to(dtype or x.dtype)
+            value = value.reshape(-1).to(x.device, dtype or x.dtype)
+            return value.expand(len(x)) if len(value) == 1 else value  # of a knot of floats: one for all
         return x.new_full((len(x),), value) if dtype is None else x.new_full((len(x),), value, dtype=dtype)
 
     def select(self, rows: Tensor) -> Knot:

@@ -34,7 +34,8 @@ class Reverse:
     describes: str = "density"
     """One of `DESCRIBES`: likelihoods and bounds are defined for a density only."""
     per_row: ClassVar[tuple[str, ...]] = ()
-    """Names of a subclass's attributes that hold one entry per sample, as conditions do: `select` slices them."""
+    """Names of a subclass's attributes that hold one entry per sample, as conditions do: `select` slices them. Added to
+    those of its base classes."""
 
     def __init__(self, law: Law, condition: Mapping[str, Any] | None = None) -> None:
         self.law = law
@@ -46,10 +47,15 @@ class Reverse:
 
     def select(self, rows: Tensor) -> Self:
         """The reverse of some rows of the batch: slices conditions and the attributes named in `per_row`."""
-        own = {name: select_rows(getattr(self, name), rows) for name in self.per_row}
+        own = self._own(rows)
         if not self.condition and not own:
             return self
         return self._changed(condition=select_rows(self.condition, rows), **own)
+
+    def _own(self, rows: Tensor) -> dict[str, Any]:
+        """Some rows of the attributes that this class and its bases name in `per_row`."""
+        named = [name for cls in type(self).__mro__ for name in cls.__dict__.get("per_row", ())]
+        return {name: select_rows(getattr(self, name), rows) for name in named}
 
     def _changed(self, **attributes: Any) -> Self:
         """A shallow copy with other attributes: a subclass stays what it is."""
@@ -159,8 +165,7 @@ class Wrapper(ReverseSDE):
         return self._around(self.inner.given(**condition))
 
     def select(self, rows: Tensor) -> Self:
-        own = {name: select_rows(getattr(self, name), rows) for name in self.per_row}
-        return self._around(self.inner.select(rows), **own)
+        return self._around(self.inner.select(rows), **self._own(rows))
 
     def _around(self, inner: ReverseSDE, **own: Any) -> Self:
         """The same wrapper around another reverse SDE."""
@@ -259,8 +264,9 @@ def reverse_from_function(law: Law, options: Mapping[str, Any]) -> ReverseSDE:
     if condition is not None and not isinstance(condition, Mapping):
         raise TypeError(f"`condition` must be a mapping of the network's arguments, got {type(condition).__name__}.")
     _check_arguments(name, fn)
-    # a chain's own level is an index; every other level is a real number
-    dtype = None if noise_level is not None or law.has_time else torch.int64
+    # an index on a chain, from either end, is an integer; every other level is a real number
+    index = noise_level is None or (isinstance(noise_level, str) and noise_level.startswith("index"))
+    dtype = torch.int64 if index and not law.has_time else None
     return ReverseSDE(law, FunctionOfLevel(fn, _level(law, noise_level), dtype), parameterization, condition)
 
 
@@ -284,7 +290,7 @@ def _level(law: Law, noise_level: str | Callable[[Knot], Any] | None) -> Callabl
     levels = law.index_levels
     if noise_level.startswith("index") and not levels:
         raise ValueError(
-            f'noise_level="{noise_level}" counts levels, and {law!r} has none: use sde.discretize(n), '
-            "sde.discretize(n).continuous(), or a function of the knot."
+            f'noise_level="{noise_level}" counts levels, and {law!r} has none: use a chain, sde.discretize(n), its '
+            "`index_at` on chain.continuous(), or a function of the knot."
         )
     return LevelNamed(noise_level, levels)

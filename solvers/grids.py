@@ -509,7 +509,7 @@ def make_knots(
     if isinstance(grid, Grid):
         if steps is None:
             raise ValueError(f"`steps` (or `nfe`) is needed with the grid {grid}.")
-        return _finish(law, grid.times(cast(SDE, law), steps, needs_drift), end)
+        return _check_ends(law, _finish(law, grid.times(cast(SDE, law), steps, needs_drift), end), needs_drift)
     if steps is not None:
         raise ValueError("`steps` and `nfe` do not go with given times or knots: their number already says it.")
     if _is_knots(grid):
@@ -526,25 +526,29 @@ def make_knots(
             elif isinstance(k.law, SDE) and k.law != law:
                 raise ValueError(f"The knots belong to {k.law}, the score model to {law}.")
         _check_inside(law, [k.t for k in knots if not k.is_data])
-        _check_start(law, knots[0], needs_drift)
+        _check_ends(law, knots, needs_drift)
         return knots if end == "stop" or knots[-1].is_data else (*knots, DATA)
     try:
         times = [float(t) for t in (grid.double().tolist() if isinstance(grid, Tensor) else grid)]
     except (TypeError, ValueError) as error:
         raise ValueError(f"Given times must be a 1-D sequence of numbers, got {type(grid).__name__}.") from error
-    knots = _finish(law, times, end)
-    _check_start(law, knots[0], needs_drift)
+    return _check_ends(law, _finish(law, times, end), needs_drift)
+
+
+def _check_ends(law: Law, knots: tuple[Knot, ...], needs_drift: bool) -> tuple[Knot, ...]:
+    """Raise if times start, or upward end, where a solver that needs f, g or lambda cannot."""
+    if not (needs_drift and law.has_time):
+        return knots
+    for end, other, knot in (
+        ("start", 'DDIM, a multistep method in the data prediction with starter="ramp" and no corrector', knots[0]),
+        ("end", "DDIM", knots[-1]),
+    ):
+        if not knot.per_sample and knot.alpha == 0.0:
+            raise ValueError(
+                f"This solver cannot {end} at t = {knot.t}, where alpha = 0 and half_log_snr is infinite: {end} at "
+                f"t = {law.drift_t_max}, or use one that can ({other})."
+            )
     return knots
-
-
-def _check_start(law: Law, first: Knot, needs_drift: bool) -> None:
-    """Raise if given times start where a solver that needs f, g or lambda cannot."""
-    if needs_drift and law.has_time and not first.per_sample and first.alpha == 0.0:
-        raise ValueError(
-            f"This solver cannot start at t = {first.t}, where alpha = 0 and half_log_snr is infinite: start at "
-            f"t = {law.drift_t_max}, or use one that can (DDIM, a multistep method in the data prediction with "
-            'starter="ramp" and no corrector).'
-        )
 
 
 def _finish(law: Any, times: list[float], end: str) -> tuple[Knot, ...]:

@@ -47,6 +47,10 @@ class Draw:
         (`PerSample`, `BrownianPath`: another path)."""
         raise NotImplementedError
 
+    def begin(self) -> None:
+        """Makes this place the beginning that `restart` goes back to, at the start of a run: what came before it (the
+        prior, another run) is not part of its replay. Nothing to do where noise is a function of its key alone."""
+
     def restart(self) -> Draw:
         """The same noise from its beginning, for a replay."""
         raise NotImplementedError
@@ -116,6 +120,10 @@ class _IndependentDraw(Draw):
         generator = self._source()
         return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
+    def begin(self) -> None:
+        if self.generator is not None:  # else the first draw will note the state
+            self.state = self.generator.get_state()
+
     def restart(self) -> Draw:
         return _IndependentDraw(self.rng, self.like, self.state)
 
@@ -153,6 +161,7 @@ class _PerSampleDraw(Draw):
         self.counter = torch.arange((self.n + 1) // 2, dtype=torch.int64, device=x.device) * _signed(_WEYL)
         self.seeds = seeds
         self.asked: dict[Any, int] = {}
+        self.asked_before: dict[Any, int] = {}
 
     def __call__(self, t: Knot, s: Knot) -> Tensor:
         interval = (t.half_log_snr, s.half_log_snr)
@@ -167,11 +176,13 @@ class _PerSampleDraw(Draw):
 
     def uniform(self, *key: Any) -> Tensor:
         bits = self._bits(self.streams + _key("uniform", *map(_number, key)))
-        # both halves of every word: 32 bits each, of which float32 keeps the upper 24, so that 1 is never reached
-        wide = self.like.dtype == torch.float64
-        halves = (bits.view(torch.int32).long() + 2**31) if wide else (bits.view(torch.int32) >> 8) + 2**23
-        flat = halves.to(torch.float64 if wide else torch.float32) * (2.0**-32 if wide else 2.0**-24)
-        return flat[..., : self.n].reshape(self.like.shape).to(_floating(self.like))
+        # both halves of every word: 32 bits each, of which the upper ones that the dtype holds are kept (24 in float32,
+        # 11 in float16), so that none is rounded up to 1
+        dtype = _floating(self.like)
+        kept = min(32, 1 - int(math.log2(torch.finfo(dtype).eps)))
+        halves = (bits.view(torch.int32).long() >> (32 - kept)) + 2 ** (kept - 1)
+        flat = halves.to(torch.promote_types(dtype, torch.float32)) * 2.0**-kept
+        return flat[..., : self.n].reshape(self.like.shape).to(dtype)
 
     def integer(self) -> int:
         total = 0
@@ -182,10 +193,15 @@ class _PerSampleDraw(Draw):
     def fork(self, *key: Any) -> Draw:
         return self._again(_mix_tensor(self.streams ^ _key("fork", *map(_number, key))))
 
-    def restart(self) -> Draw:
-        return self._again(self.streams)
+    def begin(self) -> None:
+        self.asked_before = dict(self.asked)
 
-    def _again(self, streams: Tensor) -> Draw:
+    def restart(self) -> Draw:
+        again = self._again(self.streams)
+        again.asked, again.asked_before = dict(self.asked_before), dict(self.asked_before)
+        return again
+
+    def _again(self, streams: Tensor) -> _PerSampleDraw:
         return _PerSampleDraw(self.seeds, self.like, streams)
 
     def _bits(self, streams: Tensor) -> Tensor:
@@ -391,8 +407,8 @@ class Recorded(Noise):
 
 
 class _RecordedDraw(Draw):
-    def __init__(self, draws: list[Tensor], x: Tensor) -> None:
-        self.draws, self.like, self.used = draws, x, 0
+    def __init__(self, draws: list[Tensor], x: Tensor, used: int = 0) -> None:
+        self.draws, self.like, self.used, self.used_before = draws, x, used, used
 
     def __call__(self, t: Knot, s: Knot) -> Tensor:
         return self.normal()
@@ -404,7 +420,7 @@ class _RecordedDraw(Draw):
         if z.shape != self.like.shape:
             raise ValueError(f"Recorded draw {self.used} has shape {tuple(z.shape)}, not {tuple(self.like.shape)}.")
         self.used += 1
-        return z.to(self.like)
+        return z.to(self.like.device, _floating(self.like))
 
     def uniform(self, *key: Any) -> Tensor:
         """A recorded draw, which must lie in [0, 1)."""
@@ -420,8 +436,11 @@ class _RecordedDraw(Draw):
     def integer(self) -> int:
         return 0
 
+    def begin(self) -> None:
+        self.used_before = self.used
+
     def restart(self) -> Draw:
-        return _RecordedDraw(self.draws, self.like)
+        return _RecordedDraw(self.draws, self.like, self.used_before)
 
 
 Rng = int | Sequence[int] | torch.Generator | Noise | Draw | None

@@ -29,11 +29,11 @@ class Bar:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
-    def tick(self, knot: Knot) -> None:
-        """One call more."""
+    def tick(self, knot: Knot, calls: int) -> None:
+        """So many calls more."""
         if not knot.per_sample:  # times of samples stay on their device
             self.bar.set_postfix_str(f"t = {knot.t:.3g}", refresh=False)
-        self.bar.update()
+        self.bar.update(calls)
 
 
 class Ticking(Wrapper):
@@ -45,5 +45,5 @@ class Ticking(Wrapper):
 
     def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:
         prediction = self.inner(x, t)
-        self.bar.tick(prediction.knot)
+        self.bar.tick(prediction.knot, self.nfe_per_call)
         return prediction

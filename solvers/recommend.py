@@ -146,7 +146,7 @@ class Recommended(Solver):
 
     def bind(self, knots: Sequence[Knot]) -> Solver:
         """The solver for as many steps."""
-        return self._for(sum(not k.is_data for k in knots) - 1).bind(knots)
+        return self._for(max(1, sum(not k.is_data for k in knots) - 1)).bind(knots)  # 1: straight to the data
 
     def _for(self, steps: int) -> Solver:
         """The solver of the smallest budget that comes to as many steps."""

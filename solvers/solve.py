@@ -227,9 +227,11 @@ def _run(
     if condition:
         rev = rev.given(**condition)
     hooks = Hooks(project, callback, trajectory)
+    if check:  # a replay starts where this run does, after the prior
+        draw.begin()
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         if progress:
-            with Bar(_expected(solver, knots)) as bar:
+            with Bar(_expected(rev, solver, knots)) as bar:
                 outcome = solver.run(Ticking(rev, bar), x, knots, draw, hooks)
         else:
             outcome = solver.run(rev, x, knots, draw, hooks)
@@ -256,12 +258,12 @@ def _run(
     )
 
 
-def _expected(solver: Solver, knots: tuple[Knot, ...]) -> int | None:
-    """Calls of a run, where the solver can tell."""
+def _expected(rev: Reverse, solver: Solver, knots: tuple[Knot, ...]) -> int | None:
+    """Network calls of a run, where the solver can tell."""
     if solver.adaptive:
         return None
     steps = len(knots) - 1 - knots[-1].is_data
-    return solver.nfe(steps, "denoise" if knots[-1].is_data else "stop") if steps else 1
+    return rev.nfe_per_call * (solver.nfe(steps, "denoise" if knots[-1].is_data else "stop") if steps else 1)
 
 
 def _status(outcome: Outcome, check: bool) -> Tensor:

@@ -136,6 +136,9 @@ class WatchedDraw(Draw):
         forked._counts = self._counts
         return forked
 
+    def begin(self) -> None:
+        self.inner.begin()
+
     def restart(self) -> Draw:
         return self.inner.restart()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from scoresde.guidance import ClassifierFreeGuidance
 from sde_lib import (
     EDMSDE,
     SDES,
@@ -108,6 +109,25 @@ def test_rows_of_a_wrapper_under_an_adaptive_solver(solver):
         torch.testing.assert_close(alone.x[0], together.x[i], rtol=1e-9, atol=1e-9)
 
 
+def test_a_subclass_adds_to_the_rows_of_its_base():
+    """What guidance leaves out is sliced along with the batch, in a subclass with rows of its own too."""
+
+    class Weighted(ClassifierFreeGuidance):
+        per_row = ("weight",)
+
+        def __init__(self, inner, weight, null):
+            super().__init__(inner, 2.0, null)
+            self.weight = weight
+
+    guided = Weighted(VPSDE().reverse(score=network, condition={"y": torch.arange(6.0)}), torch.ones(6), None)
+    assert guided.select(torch.tensor([1, 4])).null is None
+    guided = Weighted(guided.inner, torch.arange(6.0), {"y": -torch.arange(6.0)})
+    some = guided.select(torch.tensor([1, 4]))
+    assert some.weight.tolist() == [1, 4] and some.null["y"].tolist() == [-1, -4]
+    x = torch.ones(6, 2)
+    assert torch.equal(some(x[:2], 0.5).raw, guided(x, 0.5).raw[[1, 4]])
+
+
 def test_a_function_with_conditions_and_a_noise_level():
     x = torch.randn(3, 2)
     seen = []
@@ -123,10 +143,12 @@ def test_a_function_with_conditions_and_a_noise_level():
     sde.reverse(noise=spy, condition={"y": 7}, noise_level=lambda knot: 2.0 * knot.sigma)(x, 0.4)
     CHAIN.reverse(noise=spy, condition={"y": 7})(x, 5)
     CHAIN.reverse(noise=spy, condition={"y": 7}, noise_level="time")(x, 5)
-    expected = [0.4, -0.25 * knot.half_log_snr, 2.0 * knot.sigma, 5, CHAIN.levels[5].t]
+    CHAIN.reverse(noise=spy, condition={"y": 7}, noise_level="index_down")(x, 5)
+    sde.reverse(noise=spy, condition={"y": 7}, noise_level=lambda knot: torch.tensor(knot.sigma))(x, 0.4)
+    expected = [0.4, -0.25 * knot.half_log_snr, 2.0 * knot.sigma, 5, CHAIN.levels[5].t, 24, knot.sigma]
     for (level, y), value in zip(seen, expected, strict=True):
         assert y == 7 and level.shape == (3,) and level.tolist() == pytest.approx([value] * 3)
-    assert seen[3][0].dtype == torch.int64 and seen[4][0].dtype == torch.float32
+    assert [level.dtype for level, _ in seen[3:]] == [torch.int64, torch.float32, torch.int64, torch.float32]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +157,7 @@ def test_a_function_with_conditions_and_a_noise_level():
         ({"noise": network, "class_label": 3}, r"condition=\{…\}\), or \.given\(class_label=…\)"),
         ({"noise": network, "condition": 3}, "must be a mapping"),
         ({"noise": network, "noise_level": "sigmas"}, "Unknown noise_level"),
-        ({"noise": network, "noise_level": "index"}, "discretize"),
+        ({"noise": network, "noise_level": "index"}, r"discretize\(n\), its `index_at`"),
         ({"noise": 3}, "must be a function"),
         ({}, "exactly one of"),
     ],

@@ -88,6 +88,10 @@ def test_progress_counts_calls(solver, capsys):
     assert torch.equal(quiet.x, told.x)
     shown, calls = capsys.readouterr().err, int(told.nfe.max())
     assert f"{calls}/{calls}" in shown or (not steps and "call" in shown)
+    if steps:
+        twice = ClassifierFreeGuidance(rev, 1.0, null={})
+        calls = int(solve(twice, x, solver, **steps, end="denoise", progress=True).nfe.max())
+        assert f"{calls}/{calls}" in capsys.readouterr().err
 
 
 def test_solvers_by_name():
@@ -109,6 +113,25 @@ def test_a_budget_counts_guidance(solver):
     assert sum(seen) == len(seen) // 2
     with pytest.raises(ValueError, match="One call costs 2"):
         solve(guided, torch.ones(3, 2), solver, nfe=1)
+
+
+@pytest.mark.parametrize("budget", [{"nfe": 1}, {"steps": 1}], ids=repr)
+def test_recommended_in_one_call_on_a_chain(budget):
+    """From the last level straight to the data: the posterior mean, as by any other solver."""
+    rev, x = SPOTS.reverse(VPSDE().discretize(30)), torch.ones(3, 2)
+    assert torch.equal(solve(rev, x, "recommended", **budget).x, solve(rev, x, DDIM(), steps=1).x)
+
+
+@pytest.mark.parametrize(("start", "end", "named"), [(1.0, 1e-3, "start"), (1e-3, 1.0, "end")])
+def test_where_alpha_is_zero_is_refused_at_both_ends(start, end, named):
+    """Heun along sigma / alpha has no number for t = 1 of the flow SDE, as a start or, upward, as an end; DDIM has."""
+    rev, x = SPOTS.reverse(SDES["flow"]()), torch.ones(3, 2)
+    grid = Blended(t_start=start, t_end=end)
+    with pytest.raises(ValueError, match=f"cannot {named} at t = 1.0"):
+        solve(rev, x, Heun(), steps=4, grid=grid)
+    with pytest.raises(ValueError, match=f"cannot {named} at t = 1.0"):
+        solve(rev, x, Heun(), grid=[start, 0.5, end])
+    assert solve(rev, x, DDIM(), steps=4, grid=grid).ok
 
 
 def test_guidance_leaves_out_what_is_there():

@@ -137,6 +137,16 @@ def test_a_sample_is_a_function_of_its_seed(shape, dtype):
             assert torch.equal(call(alone)[0], whole[i]) and torch.equal(call(alone)[0], again[i])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_uniform_noise_of_half_precision_stays_below_one(dtype):
+    """A float32 uniform is rounded up to 1 with chance 2^-12 in float16, 2^-9 in bfloat16: some of 100 000 would be. The
+    mean lacks half a unit of the last place, 2^-12 or 2^-9; its own standard deviation is 0.29 / sqrt(100 000)."""
+    u = PerSample([1, 2]).bind(torch.zeros(2, 50_000, dtype=dtype)).uniform("u")
+    unit = torch.finfo(dtype).eps / 2
+    assert u.dtype == dtype and float(u.max()) == 1.0 - unit and float(u.min()) == 0.0
+    assert abs(float(u.double().mean()) - 0.5 + unit / 2) < 5 * 12**-0.5 / 100_000**0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_uniform_noise(dtype):
     """On [0, 1), uniform, uncorrelated with the normals of the same key; the same below any batch."""
@@ -348,6 +358,30 @@ def test_restart_does_not_disturb_the_run():
     assert torch.equal(draw(U, S), torch.randn(4, generator=reference))
 
 
+@pytest.mark.parametrize("source", [3, "generator", range(8), BrownianPath(3), "recorded"], ids=repr)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_failed_run_is_replayed_on_its_own_noise(source, before):
+    """Bitwise: what was drawn before the run, the prior or another run on the same noise, is no part of it."""
+    x, states = torch.zeros(8, 2), []
+    x[:, 0] = torch.arange(8.0)
+    if source == "recorded":
+        source = Recorded(torch.randn(40, 8, 2, generator=torch.Generator().manual_seed(1)))
+    draw = as_draw(torch.Generator().manual_seed(1) if source == "generator" else source, x)
+
+    def score(x, t):
+        states.append(x)
+        return torch.where(t[:, None] < 0.5, torch.nan, -x)
+
+    rev = SDE.reverse(score=score)
+    if before:
+        draw.normal("prior")
+        solve(SDE.reverse(score=lambda x, t: -x), x, DDIM(eta=1.0), steps=10, rng=draw)
+    with pytest.warns(RuntimeWarning, match="not finite at t"):
+        solve(rev, x, DDIM(eta=1.0), steps=10, grid="uniform_time", rng=draw)
+    run, replay = states[:10], states[10:]
+    assert len(replay) > 3 and all(torch.equal(a, b) for a, b in zip(run, replay, strict=False))
+
+
 def test_what_draws_nothing_touches_no_generator():
     """A deterministic run leaves torch's global stream, and a generator it is given, where they were."""
     x = torch.ones(2, 3)
@@ -372,6 +406,7 @@ def test_recorded_noise():
     assert torch.equal(draw.restart()(T, S), given[0].float())
     with pytest.raises(ValueError, match="shape"):
         Recorded([torch.zeros(3, 2)]).bind(x)(T, S)
+    assert torch.equal(Recorded([x + 0.7]).bind(x.long()).uniform("token"), x + 0.7)
 
 
 def test_bad_seeds():
