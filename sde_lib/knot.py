@@ -145,7 +145,7 @@ class Knot:
             dtype = torch.float32
         if isinstance(value, Tensor):
             value = value.reshape(-1).to(x.device, dtype or x.dtype)
-            return value.expand(len(x)) if len(value) == 1 else value  # of a knot of floats: one for all
+            return value if self.per_sample else value.expand(len(x))  # of a knot of floats: one for all
         return x.new_full((len(x),), value) if dtype is None else x.new_full((len(x),), value, dtype=dtype)
 
     def select(self, rows: Tensor) -> Knot:

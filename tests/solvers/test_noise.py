@@ -139,8 +139,10 @@ def test_a_sample_is_a_function_of_its_seed(shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_uniform_noise_of_half_precision_stays_below_one(dtype):
-    """A float32 uniform is rounded up to 1 with chance 2^-12 in float16, 2^-9 in bfloat16: some of 100 000 would be. The
-    mean lacks half a unit of the last place, 2^-12 or 2^-9; its own standard deviation is 0.29 / sqrt(100 000)."""
+    """A float32 uniform is rounded up to 1 with chance 2^-12 in float16, 2^-9 in bfloat16: some of 100 000 would be.
+
+    The mean lacks half a unit of the last place, 2^-12 or 2^-9; its own standard deviation is 0.29 / sqrt(100 000).
+    """
     u = PerSample([1, 2]).bind(torch.zeros(2, 50_000, dtype=dtype)).uniform("u")
     unit = torch.finfo(dtype).eps / 2
     assert u.dtype == dtype and float(u.max()) == 1.0 - unit and float(u.min()) == 0.0
