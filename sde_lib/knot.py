@@ -144,8 +144,9 @@ class Knot:
         if dtype is None and x.dtype not in _WIDE:
             dtype = torch.float32
         if isinstance(value, Tensor):
+            one = value.ndim == 0 or not self.per_sample  # a function of a knot of floats, or a constant
             value = value.reshape(-1).to(x.device, dtype or x.dtype)
-            return value if self.per_sample else value.expand(len(x))  # of a knot of floats: one for all
+            return value.expand(len(x)) if one else value
         return x.new_full((len(x),), value) if dtype is None else x.new_full((len(x),), value, dtype=dtype)
 
     def select(self, rows: Tensor) -> Knot:
