@@ -10,6 +10,7 @@ from sde_lib import Knot, Law
 from solvers.grids import Blended, Grid
 from solvers.multistep import Multistep, SASolver
 from solvers.solver import Solver
+from solvers.words import describe
 
 
 class Recommendation(NamedTuple):
@@ -37,7 +38,7 @@ class Recommendation(NamedTuple):
         learned = "not measured" if self.learned is None else f"{self.learned:.2g}"
         what = "distance to the law" if self.solver.stochastic else "error"
         return (
-            f"for {self.nfe} network calls: {self.solver} on {self.grid}\n"
+            f"for {self.nfe} network calls: {describe(self.solver)} on {describe(self.grid)}\n"
             f"  {what} at {self.measured_at} calls, in units of the data: {self.exact:.2g} on exact scores, {learned} "
             "on trained networks"
         )

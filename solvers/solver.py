@@ -13,6 +13,7 @@ from torch import Tensor
 from sde_lib import Knot, Law, Prediction, ReverseSDE, Wrapper
 from sde_lib.chain import NO_TIME
 from solvers.noise import Draw
+from solvers.words import describe, describe_grid
 
 Past = tuple[tuple[Knot, Prediction], ...]
 """Earlier (knot, prediction) pairs, oldest first. A last entry at the step's own knot is a prediction made ahead."""
@@ -87,15 +88,6 @@ class SolverError(ArithmeticError):
     """A run failed numerically; raised under ``strict=True``."""
 
 
-def described(grid: Any) -> str:
-    """A grid in a few words: its own, or what kind of times or knots it was given as."""
-    if isinstance(grid, str):
-        return f'the grid "{grid}"'
-    if isinstance(grid, (Tensor, Sequence)):
-        return f"{len(grid)} given {'knots' if isinstance(grid[0], Knot) else 'times'}"
-    return repr(grid)
-
-
 @dataclass(repr=False)
 class Solution:
     """The record of a run.
@@ -129,7 +121,7 @@ class Solution:
         lines = [
             f"{len(self.x)} samples of shape {tuple(self.x.shape[1:])}, {str(self.x.dtype).removeprefix('torch.')} on "
             f"{self.x.device}: {'all' if solved == len(self.x) else solved} solved",
-            f"  by {self.solver} on {described(self.grid)}, "
+            f"  by {describe(self.solver)} on {describe_grid(self.grid)}, "
             f"t = {float(self.times[0]):.4g} to {float(self.times[-1]):.4g}",
             f"  {calls} network calls per sample",
         ]

@@ -2,6 +2,7 @@
 
 from scoresde.comparison.compare import compare
 from scoresde.comparison.result import Comparison
-from scoresde.comparison.specs import describe, parse_spec
+from scoresde.comparison.specs import parse_spec
+from solvers.words import describe
 
 __all__ = ["Comparison", "compare", "describe", "parse_spec"]

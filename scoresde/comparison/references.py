@@ -15,13 +15,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.comparison.bench import Bench, grid_key
-from scoresde.comparison.specs import Budget, Entry, describe
+from scoresde.comparison.specs import Budget, Entry
 from scoresde.comparison.store import finite
 from scoresde.comparison.stored_references import Reference, ReferenceStore
 from scoresde.storage.files import one_line
 from sde_lib import Knot
 from solvers import AdaptiveRungeKutta, Grid, Solution, Solver
 from solvers.grids import GridLike
+from solvers.words import describe
 
 Flow = Callable[[Tensor, Knot, Knot], Tensor]
 

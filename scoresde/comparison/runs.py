@@ -12,12 +12,13 @@ from torch import Tensor
 from scoresde.comparison.bench import Bench, digest, grid_key
 from scoresde.comparison.judges import Judges
 from scoresde.comparison.references import References, distances
-from scoresde.comparison.specs import Budget, Entry, describe_grid, walks_the_grid
+from scoresde.comparison.specs import Budget, Entry, walks_the_grid
 from scoresde.comparison.stored_references import Reference
 from scoresde.comparison.timing import Stopwatch, median_seconds, plain_draw_seconds, synchronize
 from scoresde.storage.files import one_line
 from solvers import Solution, Solver
 from solvers.grids import GridLike
+from solvers.words import describe_grid
 
 KEPT_IMAGES, KEPT_POINTS = 16, 4000
 """Samples of the first repetition that are kept for the sheet."""

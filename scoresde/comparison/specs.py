@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from sde_lib import Chain, build, lookup
-from solvers import COORDINATES, CORRECTORS, GRIDS, SOLVERS, Corrector, Grid, Solver
+from solvers import COORDINATES, CORRECTORS, GRIDS, SOLVERS, Grid, Solver
 from solvers.external import FIXED
 from solvers.grids import GridLike
+from solvers.words import describe, describe_grid
 
 _NESTED: Mapping[str, Mapping[str, Any]] = {
     "predictor": SOLVERS,
@@ -146,37 +147,6 @@ def _value(option: str, node: ast.expr) -> Any:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise ValueError(f"`{option}` must be a literal value, got {ast.unparse(node)!r}.") from None
-
-
-def describe(thing: Any) -> str:
-    """A solver, corrector, coordinate or grid as text that `parse_spec` reads: only what differs from the defaults."""
-    tables = (SOLVERS, CORRECTORS, COORDINATES, GRIDS)
-    known = {cls: name for table in tables for name, cls in table.items()}
-    name = known.get(type(thing), type(thing).__name__)
-    if not is_dataclass(thing):
-        return name
-    options = [(f.name, getattr(thing, f.name), f.default) for f in fields(thing) if f.init]
-    shown = [f"{key}={_shown(value)}" for key, value, default in options if value != default]
-    return f"{name}({','.join(shown)})" if shown else name
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Solver | Corrector | Grid) or is_dataclass(value):
-        return describe(value)
-    return str(value) if isinstance(value, str | float) else repr(value)
-
-
-def describe_grid(grid: GridLike) -> str:
-    """A grid as short text."""
-    if grid is None:
-        return "default"
-    if isinstance(grid, str):
-        return grid
-    if isinstance(grid, Grid):
-        return describe(grid)
-    if isinstance(grid, Chain):
-        return f"chain({grid.n})"
-    return f"given({len(grid)})"
 
 
 # --- what is given ----------------------------------------------------------------------------------------------------
