@@ -12,9 +12,9 @@ from sde_lib import Chain, Knot
 
 
 def describe(thing: Any) -> str:
-    """A solver, corrector, coordinate or grid as text that `scoresde.comparison.parse_spec` reads: only what differs
-    from the defaults.""" from solvers import COORDINATES, CORRECTORS, GRIDS, SOLVERS  # the tables hold every class,
-    those that print among them
+    """A solver, corrector, coordinate or grid as text that `scoresde.comparison.parse_spec` reads: its name, and the
+    options that differ from the defaults."""
+    from solvers import COORDINATES, CORRECTORS, GRIDS, SOLVERS  # which hold the classes that print themselves by this
 
     known = {cls: name for table in (SOLVERS, CORRECTORS, COORDINATES, GRIDS) for name, cls in table.items()}
     name = known.get(type(thing), type(thing).__name__)
