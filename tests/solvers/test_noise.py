@@ -360,7 +360,11 @@ def test_restart_does_not_disturb_the_run():
     assert torch.equal(draw(U, S), torch.randn(4, generator=reference))
 
 
-@pytest.mark.parametrize("source", [3, "generator", range(8), BrownianPath(3), "recorded"], ids=["seed", "generator", "seeds", "path", "recorded"])
+@pytest.mark.parametrize(
+    "source",
+    [3, "generator", range(8), BrownianPath(3), "recorded"],
+    ids=["seed", "generator", "seeds", "path", "recorded"],
+)
 @pytest.mark.parametrize("before", [False, True])
 def test_a_failed_run_is_replayed_on_its_own_noise(source, before):
     """Bitwise: what was drawn before the run, the prior or another run on the same noise, is no part of it."""
