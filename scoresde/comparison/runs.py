@@ -12,7 +12,7 @@ from torch import Tensor
 from scoresde.comparison.bench import Bench, digest, grid_key
 from scoresde.comparison.judges import Judges
 from scoresde.comparison.references import References, distances
-from scoresde.comparison.specs import Budget, Entry, walks_the_grid
+from scoresde.comparison.specs import Budget, Entry
 from scoresde.comparison.stored_references import Reference
 from scoresde.comparison.timing import Stopwatch, median_seconds, plain_draw_seconds, synchronize
 from scoresde.storage.files import one_line
@@ -80,7 +80,7 @@ class Runs:
             "grid": describe_grid(self.bench.grid_of(entry)),
             "kind": "stochastic" if solver.stochastic else "deterministic",
             "order": int(solver.order),
-            "adaptive": bool(solver.adaptive and not walks_the_grid(solver)),
+            "adaptive": not solver.needs_steps,
             "samples": self.bench.n,
             "machine": ", ".join(f"{key} {value}" for key, value in self.environment().items()),
         }
@@ -172,7 +172,7 @@ class Runs:
         if budget.nfe is None:
             return {}
         calls = budget.nfe
-        if not walks_the_grid(budget.solver):
+        if not budget.solver.adaptive:
             return {"nfe": calls}
         # a library counts its own calls: ask it what one and two steps of one sample cost
         runs = [self.bench.solve(budget.solver, repetition, slice(0, 1), grid, steps=k)[0] for k in (1, 2)]

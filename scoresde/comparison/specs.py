@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from sde_lib import Chain, build, lookup
 from solvers import COORDINATES, CORRECTORS, GRIDS, SOLVERS, Grid, Solver
-from solvers.external import FIXED
 from solvers.grids import GridLike
 from solvers.words import describe, describe_grid
 
@@ -201,17 +200,10 @@ def _entry(item: Any, label: str | None = None) -> Entry:
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
-def walks_the_grid(solver: Solver) -> bool:
-    """Whether a solver that counts its own calls takes the steps it is given (a library's fixed-step method)."""
-    if not solver.adaptive:
-        return False
-    return getattr(solver, "method", None) in FIXED or getattr(solver, "adaptive_steps", True) is False
-
-
 def budgets_of(entry: Entry, grid: GridLike, nfe: Sequence[int], rtol: Sequence[float]) -> list[Budget]:
     """The runs of an entry: at every `nfe` for one that takes steps, at every `rtol` for one that chooses them."""
     solver = entry.solver
-    if solver.adaptive and not walks_the_grid(solver):
+    if not solver.needs_steps:
         if entry.as_given or _default_tolerance(solver) is None or not rtol:
             own = _tolerance(solver)
             return [Budget("as given" if own is None else f"rtol={own:g}", solver, None)]
