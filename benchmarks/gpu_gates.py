@@ -161,7 +161,7 @@ def likelihood_agreement(run: Run) -> None:
 
 def small_model(dtype: torch.dtype = torch.float32, device: object = None) -> ScoreModel:
     """An NCSN++ that compiles in seconds, for gates that need not be large."""
-    from scoresde.score_model import DataSpec
+    from scoresde.data.spec import DataSpec
 
     torch.manual_seed(0)
     network = NCSNpp((3, 8, 8), channels=16, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0)

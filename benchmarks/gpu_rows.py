@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scoresde import ScoreModel
+from scoresde.data.spec import DataSpec
 from scoresde.networks import ADM, DiT, NCSNpp
-from scoresde.score_model import DataSpec
 from sde_lib import EDMSDE, VESDE, VPSDE
 
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scoresde import config, continuous_loss
+from scoresde.data.spec import DataSpec
+from scoresde.models.score_model import ScoreModel
 from scoresde.networks import blocks, resampling
-from scoresde.score_model import DataSpec, ScoreModel
 
 ROWS = ("published arithmetic, eager", "eager", "channels last", "compiled", "compiled, channels last")
 LOW = ("bf16", "bf16, compiled, channels last")

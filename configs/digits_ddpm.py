@@ -9,7 +9,7 @@ def get_config():
     c.network.unet.dropout = 0.1
     c.sde.chain = 1000
     c.model.parameterization = "noise"
-    c.model.label = "index"
+    c.model.noise_level = "index"
     c.model.input_scaling = "none"
     c.training.steps = 3000
     c.training.decay = "cosine"

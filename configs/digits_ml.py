@@ -14,7 +14,7 @@ def get_config():
     c.network.unet.embedding = "fourier"
     c.network.unet.fourier_scale = 0.3
     c.sde.name = "sub_vp"
-    c.model.label = "half_log_snr"
+    c.model.noise_level = "half_log_snr"
     c.model.sigma_data = 0.8
     c.training.steps = 3000
     c.training.weighting = "likelihood"

@@ -9,7 +9,7 @@ def get_config():
     # low frequencies: the score changes slowly with the noise level, and a smooth ODE takes fewer calls
     c.network.unet.embedding = "fourier"
     c.network.unet.fourier_scale = 0.3
-    c.model.label = "half_log_snr"
+    c.model.noise_level = "half_log_snr"
     c.model.sigma_data = 0.8
     c.training.max_seconds = 150.0
     c.training.batch_size = 64

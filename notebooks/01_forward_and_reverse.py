@@ -166,7 +166,7 @@ model = ScoreModel(
     MLP((2,), width=96, depth=3, embedding="fourier", fourier_scale=0.3),
     VPSDE(),
     parameterization="v",
-    label="half_log_snr",
+    noise_level="half_log_snr",
     sigma_data=0.7,
 )
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

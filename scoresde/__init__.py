@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import scoresde._neighbours  # noqa: F401  (before the imports that it checks)
 from scoresde.data import DATASETS, Arrays, Checkerboard, Dataset, Digits, Moons, Ring, Spiral
+from scoresde.data.spec import DataSpec
 from scoresde.guidance import ClassifierFreeGuidance, ClipData, inpaint
 from scoresde.latents import decode, encode, interpolate
 from scoresde.likelihood import (
@@ -34,8 +35,8 @@ from scoresde.likelihood import (
 from scoresde.likelihood.dequantization import DEQUANTIZATIONS
 from scoresde.losses import chain_loss, continuous_loss
 from scoresde.metrics import energy_distance, frechet_distance, gaussian_bits_per_dim, mmd2, sliced_wasserstein
+from scoresde.models.score_model import ScoreModel
 from scoresde.networks import ADM, DDPM, MLP, NCSN, NETWORKS, DiT, NCSNpp, NCSNv2, UNet
-from scoresde.score_model import LABELS, DataSpec, ScoreModel
 from sde_lib import (
     DATA,
     EDMSDE,
@@ -200,7 +201,6 @@ __all__ = [
     "ERSDE",
     "GRIDS",
     "IDDPM",
-    "LABELS",
     "MLP",
     "NCSN",
     "NETWORKS",

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from scoresde.data import Dataset
-    from scoresde.score_model import DataSpec, ScoreModel
+    from scoresde.data.spec import DataSpec
+    from scoresde.models.score_model import ScoreModel
     from sde_lib import Law, ReverseSDE
     from solvers import Grid, Solver
 
@@ -63,7 +64,7 @@ def defaults() -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.parameterization = "v"
-    c.model.label = "quarter_log_sigma"
+    c.model.noise_level = "quarter_log_sigma"
     c.model.sigma_data = 0.5
     c.model.input_scaling = "unit"
 
@@ -506,7 +507,7 @@ def model_config(config: ml_collections.ConfigDict, spec: DataSpec) -> dict[str,
 
 def make_model(config: ml_collections.ConfigDict, spec: DataSpec) -> ScoreModel:
     """The score model with fresh weights, drawn from torch's global generator."""
-    from scoresde.score_model import ScoreModel
+    from scoresde.models.score_model import ScoreModel
 
     try:
         return ScoreModel.from_config(model_config(config, spec))

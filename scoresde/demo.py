@@ -21,11 +21,12 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from scoresde.config import make_data, make_law
+from scoresde.data.spec import DataSpec
 from scoresde.figures import LINES, image_rows, panels, plain_ticks, require_matplotlib
 from scoresde.guidance import ClassifierFreeGuidance, inpaint
 from scoresde.likelihood import bits_per_dim
 from scoresde.metrics import energy_distance, gaussian_bits_per_dim, sliced_wasserstein
-from scoresde.score_model import DataSpec, ScoreModel
+from scoresde.models.score_model import ScoreModel
 from scoresde.training import train
 from sde_lib import Chain
 from solvers import (

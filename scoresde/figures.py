@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from scoresde.data.spec import DataSpec
 from scoresde.images import EXTENT, image_grid, picture
-from scoresde.score_model import DataSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

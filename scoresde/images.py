@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scoresde.score_model import DataSpec
+from scoresde.data.spec import DataSpec
 
 EXTENT = 3.0
 """Points are shown up to so many scales of their data specification from its shift."""

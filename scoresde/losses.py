@@ -19,7 +19,7 @@ from sde_lib import SDE, Chain, Knot
 from sde_lib._checks import check_state
 
 if TYPE_CHECKING:
-    from scoresde.score_model import ScoreModel
+    from scoresde.models.score_model import ScoreModel
 
 WEIGHTINGS = ("uniform", "likelihood", "raw")
 TIMES = ("uniform", "importance", "lognormal")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from scoresde.score_model import DataSpec
+from scoresde.data.spec import DataSpec
 from sde_lib import lookup
 from sde_lib._checks import check_count, check_positive
 

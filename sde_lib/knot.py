@@ -93,7 +93,7 @@ class Knot:
         alpha: signal scale.
         sigma: noise scale (standard deviation); 0 at the data end.
         half_log_snr: log(alpha / sigma); +inf where sigma = 0, -inf where alpha = 0.
-        label: what a score function of this law is called with: the time on an SDE, the index on a chain.
+        index: level on a chain, an integer; on an SDE the time.
         law: the SDE or chain that the knot belongs to.
     """
 
@@ -101,7 +101,7 @@ class Knot:
     alpha: Real
     sigma: Real
     half_log_snr: Real
-    label: Any
+    index: Any
     law: Law | None = None
 
     @property
@@ -158,7 +158,7 @@ class Knot:
             return value[rows] if isinstance(value, Tensor) else value
 
         return Knot(
-            pick(self.t), pick(self.alpha), pick(self.sigma), pick(self.half_log_snr), pick(self.label), self.law
+            pick(self.t), pick(self.alpha), pick(self.sigma), pick(self.half_log_snr), pick(self.index), self.law
         )
 
 
@@ -175,7 +175,7 @@ def compilable(t: Any, x: Tensor) -> Any:
 
 _WIDE = (torch.float32, torch.float64)
 
-DATA = Knot(t=0.0, alpha=1.0, sigma=0.0, half_log_snr=math.inf, label=-1)
+DATA = Knot(t=0.0, alpha=1.0, sigma=0.0, half_log_snr=math.inf, index=-1)
 """The noise-free end: alpha = 1, sigma = 0."""
 
 

@@ -18,11 +18,11 @@ def _t999(knot: Knot, n: int) -> Any:
 
 
 def _index(knot: Knot, n: int) -> Any:
-    return n * knot.t - 1.0 if knot.has_time else knot.label
+    return n * knot.t - 1.0 if knot.has_time else knot.index
 
 
 def _index_down(knot: Knot, n: int) -> Any:
-    return (n - 1) * (1.0 - knot.t) if knot.has_time else n - 1 - knot.label
+    return (n - 1) * (1.0 - knot.t) if knot.has_time else n - 1 - knot.index
 
 
 def _half_log_snr(knot: Knot, n: int) -> Any:

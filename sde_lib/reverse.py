@@ -207,7 +207,7 @@ class FunctionOfLevel:
         if self.level is not None:
             value = self.level(knot)
         else:
-            value = knot.label if self.dtype == torch.int64 else knot.t
+            value = knot.index if self.dtype == torch.int64 else knot.t
         level = knot.spread(value, x, self.dtype)
         if torch.compiler.is_compiling():
             return self.fn(x, level, **condition)

@@ -18,7 +18,7 @@ def get_config():
     n.dropout = 0.13
     n.augmentations = 9
     c.model.parameterization = "edm"
-    c.model.label = "quarter_log_sigma"
+    c.model.noise_level = "quarter_log_sigma"
     c.model.input_scaling = "unit"
     t = c.training
     t.batch_size = 512

@@ -6,6 +6,6 @@ from scoresde.config import load
 def get_config():
     c = load("ve/_cifar10")
     c.sde.chain = 1000
-    c.model.label = "index_down"
+    c.model.noise_level = "index_down"
     c.network.ncsnpp.embedding = "sinusoidal"
     return c

@@ -8,7 +8,7 @@ def get_config():
     c.sde.name = "ve"
     c.sde.ve.sigma_min = 0.02  # published for data in [0, 1]: 0.01
     c.sde.ve.sigma_max = 100.0  # 50
-    c.model.label = "log_half_sigma"
+    c.model.noise_level = "log_half_sigma"
     c.training.ema_decay = 0.999
     c.training.reduce = "half_sum"
     c.sampling.solver.name = "predictor_corrector"

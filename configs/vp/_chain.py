@@ -6,6 +6,6 @@ from scoresde.config import load
 def get_config():
     c = load("vp/_cifar10")
     c.sde.chain = 1000
-    c.model.label = "index"
+    c.model.noise_level = "index"
     c.sampling.solver.name = "ancestral"
     return c

@@ -6,7 +6,7 @@ from scoresde.config import load
 def get_config():
     c = load("_score_sde")
     c.sde.vp.t_min = 1e-5
-    c.model.label = "t999"
+    c.model.noise_level = "t999"
     n = c.network.ncsnpp
     n.embedding = "sinusoidal"
     n.fir = False

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from scoresde.comparison.specs import Entry
 from scoresde.comparison.timing import Followed, Stopwatch, Timed, WatchedDraw
-from scoresde.score_model import DataSpec, ScoreModel
+from scoresde.data.spec import DataSpec
+from scoresde.models.score_model import ScoreModel
 from sde_lib import Chain, Knot, ReverseSDE
 from solvers import (
     BrownianPath,

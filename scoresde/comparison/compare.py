@@ -22,7 +22,7 @@ from scoresde.comparison.specs import budgets_of, entries_of
 from scoresde.comparison.store import RunStore
 from scoresde.comparison.stored_references import ReferenceStore
 from scoresde.metrics import Features
-from scoresde.score_model import ScoreModel
+from scoresde.models.score_model import ScoreModel
 from sde_lib import ReverseSDE
 from solvers import Solver
 from solvers.grids import GridLike

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde.data.dataset import Dataset, check_held_out, split
-from scoresde.score_model import DataSpec
+from scoresde.data.spec import DataSpec
 
 LAYOUTS = ("as_is", "NHWC", "NHW")
 

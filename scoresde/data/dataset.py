@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoresde.score_model import DataSpec
+from scoresde.data.spec import DataSpec
 
 
 @dataclass(frozen=True, eq=False)

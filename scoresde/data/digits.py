@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from scoresde.data.dataset import Dataset, check_held_out, split
-from scoresde.score_model import DataSpec
+from scoresde.data.spec import DataSpec
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde.data.dataset import Dataset, Split, check_held_out
-from scoresde.score_model import DataSpec
+from scoresde.data.spec import DataSpec
 from sde_lib import GaussianMixture
 
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.data.spec import DataSpec
 from scoresde.likelihood.dequantization import Dequantization, as_dequantization, name_of
 from scoresde.likelihood.doors import check_labels, check_options
 from scoresde.likelihood.log_likelihood import Likelihood, log_likelihood
 from scoresde.likelihood.scores import COLUMNS, ScoreFile, fingerprint
-from scoresde.score_model import DataSpec, ScoreModel
+from scoresde.models.score_model import ScoreModel
 from scoresde.storage.models import usable_device
 from scoresde.storage.processes import process
 from sde_lib import SDE

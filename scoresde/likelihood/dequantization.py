@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scoresde.score_model import DataSpec
+from scoresde.data.spec import DataSpec
 from sde_lib import Knot, lookup
 
 

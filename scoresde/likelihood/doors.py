@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scoresde.score_model import DataSpec
+from scoresde.data.spec import DataSpec
 from sde_lib._checks import did_you_mean, options_of
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.data.spec import DataSpec
 from scoresde.likelihood.dequantization import AUTO
 from scoresde.likelihood.doors import check_labels, check_options
 from scoresde.likelihood.intervals import half_width, satterthwaite
-from scoresde.score_model import DataSpec, ScoreModel
+from scoresde.models.score_model import ScoreModel
 from sde_lib import SDE, Chain, Knot, NoisePrediction, Prediction, ReverseSDE, ScorePrediction
 from sde_lib._checks import check_count, check_positive, check_state
 from solvers import PerSample
@@ -383,7 +384,7 @@ def _log_variance(run: _Run, chain: Chain, prediction: Prediction, variance: Var
         if learned.shape != x.shape:
             raise ValueError(f"`variance` must return a log variance like x, {tuple(x.shape)}, got {learned.shape}.")
         return learned.double()
-    index = torch.as_tensor(knot.label)
+    index = torch.as_tensor(knot.index)
     if variance == "small":
         table = torch.cat([chain.posterior_std[1:2].square(), chain.posterior_std[1:].square()])
     elif run.levels is None:
@@ -404,7 +405,7 @@ def _square(run: _Run, prediction: Prediction, noise: Tensor) -> Tensor:
 
 def _step_kl(run: _Run, chain: Chain, prediction: Prediction, noise: Tensor, variance: Variance) -> Tensor:
     """KL of the posterior of the step from the prediction's level against the model's, (rows,)."""
-    index = torch.as_tensor(prediction.knot.label)
+    index = torch.as_tensor(prediction.knot.index)
     weight, std = (table.to(noise.device)[index] for table in (chain.posterior_x_0, chain.posterior_std))
     log_model, log_true = _log_variance(run, chain, prediction, variance), 2.0 * std.log()
     off = weight.square() * _square(run, prediction, noise)

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from scoresde.score_model import ScoreModel
+from scoresde.models.score_model import ScoreModel
 from scoresde.storage.files import parse_json, write_whole
 from scoresde.storage.processes import first_tells, process
 from scoresde.storage.rows import RowFile, read_lines

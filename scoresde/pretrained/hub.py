@@ -6,8 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from scoresde.models.score_model import ScoreModel
 from scoresde.pretrained.load import load_pretrained
-from scoresde.score_model import ScoreModel
 from scoresde.storage import hub, save_model
 from scoresde.storage.files import write_whole
 

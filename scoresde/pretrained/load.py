@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from scoresde.data.spec import DataSpec
+from scoresde.models.score_model import ScoreModel
 from scoresde.networks import NETWORKS
 from scoresde.pretrained import diffusers, dit, edm, guided_diffusion, schedules, score_sde
 from scoresde.pretrained.experiments import EXPERIMENTS
 from scoresde.pretrained.mapping import MismatchError, scaled_output
-from scoresde.score_model import DataSpec, ScoreModel
 from scoresde.storage import CheckpointError, load_model, read_tensors, usable_device
 from scoresde.storage.files import read_json
 from scoresde.storage.models import MOST_LEVELS, bounded
@@ -185,10 +186,10 @@ def _continuous(plain: Mapping[str, Any]) -> dict[str, Any]:
     if not levels:
         return dict(plain)
     if plain["sde"]["name"] == "ve":  # geometric levels are the SDE's own
-        return {**plain, "levels": 0, "label_levels": levels}
+        return {**plain, "levels": 0, "index_levels": levels}
     chain = build(SDES, plain["sde"], "sde").discretize(levels)
     table = {"alphas_cumprod": chain.alphas_cumprod.tolist()}
-    return {**plain, "sde": {"name": "tabulated", "tabulated": table}, "levels": 0, "label_levels": levels}
+    return {**plain, "sde": {"name": "tabulated", "tabulated": table}, "levels": 0, "index_levels": levels}
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -263,20 +264,20 @@ def _edm(state: dict[str, Tensor], preconditioning: str | None) -> _Found:
         return scaled_output(converted, network, -1.0) if preconditioning == "ve" else converted
 
     if preconditioning == "edm":
-        rest: dict[str, Any] = {"parameterization": "edm", "label": "quarter_log_sigma", "input_scaling": "unit"}
+        rest: dict[str, Any] = {"parameterization": "edm", "noise_level": "quarter_log_sigma", "input_scaling": "unit"}
         return _Found(_model(name, options, {"name": "edm"}, **rest), convert)
     if preconditioning == "vp":
         sde = {"name": "vp", "beta_min": 0.1, "beta_max": 20.0, "t_min": 1e-5}
-        return _Found(_model(name, options, sde, label="t999"), convert)
+        return _Found(_model(name, options, sde, noise_level="t999"), convert)
     if preconditioning == "ve":
         sde = {"name": "ve", "sigma_min": 0.02, "sigma_max": 100.0}
-        return _Found(_model(name, options, sde, label="log_half_sigma"), convert)
+        return _Found(_model(name, options, sde, noise_level="log_half_sigma"), convert)
     if "u" not in state:
         raise ValueError("A state dict preconditioned as iDDPM has its table of levels, `u`; this one does not.")
     # sigma / alpha of every level, the noisiest first, and 0
     table = (1.0 / (1.0 + state["u"].double().flatten().square())).flip(0)[1:].tolist()
     sde = {"name": "tabulated", "alphas_cumprod": table}
-    return _Found(_model(name, options, sde, levels=len(table), label="index"), convert)
+    return _Found(_model(name, options, sde, levels=len(table), noise_level="index"), convert)
 
 
 def _guided_diffusion(
@@ -293,13 +294,13 @@ def _guided_diffusion(
     if schedule not in ("linear", "cosine"):
         raise ValueError(f'`schedule` must be "linear" or "cosine", got {schedule!r}.')
     sde = schedules.linear() if schedule == "linear" else schedules.cosine()
-    plain = _model("adm", options, sde, levels=1000, label="index")
+    plain = _model("adm", options, sde, levels=1000, noise_level="index")
     return _Found(plain, lambda network: guided_diffusion.convert_state(network, state, order))
 
 
 def _dit(state: dict[str, Tensor], size: int | None) -> _Found:
     options = dit.architecture(state, size)
-    plain = _model("dit", options, schedules.linear(), levels=1000, label="index")
+    plain = _model("dit", options, schedules.linear(), levels=1000, noise_level="index")
     plain["data_spec"] = {"shape": list(options["shape"]), "num_classes": options["num_classes"]}  # latents
     return _Found(plain, lambda network: dit.convert_state(network, state))
 
@@ -333,8 +334,8 @@ def _diffusers(path: Path, size: int | None) -> _Found:
         centered = config.get("center_input_sample", False)
         unit = 2.0 if centered else 1.0  # sigma for data in [0, 1], which the network recentres
         sde = {"name": "ve", "sigma_min": unit * scheduler["sigma_min"], "sigma_max": unit * scheduler["sigma_max"]}
-        label = "log_half_sigma" if centered else "log_sigma"
-        return _Found(_model("unet", options, sde, label=label), convert)
+        level = "log_half_sigma" if centered else "log_sigma"
+        return _Found(_model("unet", options, sde, noise_level=level), convert)
     kinds = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
     kind = scheduler.get("prediction_type", "epsilon")
     if kind not in kinds:
@@ -343,7 +344,7 @@ def _diffusers(path: Path, size: int | None) -> _Found:
     if type(n) is not int or not 2 <= n <= MOST_LEVELS:
         raise MismatchError(f"`num_train_timesteps` must be an int in 2 … {MOST_LEVELS}, got {n!r}.")
     sde = diffusers.chain(scheduler, n)
-    return _Found(_model("unet", options, sde, levels=n, label="index", parameterization=kinds[kind]), convert)
+    return _Found(_model("unet", options, sde, levels=n, noise_level="index", parameterization=kinds[kind]), convert)
 
 
 def _section(path: Path) -> dict[str, Any]:

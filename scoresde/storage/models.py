@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
-from scoresde.score_model import ScoreModel
+from scoresde.models.score_model import ScoreModel
 from scoresde.storage.checkpoints import STATE, latest, read_state
 from scoresde.storage.files import one_line
 from scoresde.storage.tensors import CheckpointError, check_tensors, not_finite, read_tensors, write_tensors

@@ -27,9 +27,10 @@ from tqdm.auto import tqdm
 from scoresde import config as configs
 from scoresde.config import ConfigError
 from scoresde.data import Dataset, Split
+from scoresde.data.spec import DataSpec
 from scoresde.images import picture, save_png
 from scoresde.losses import chain_loss, continuous_loss
-from scoresde.score_model import DataSpec, ScoreModel
+from scoresde.models.score_model import ScoreModel
 from scoresde.storage import Checkpoint, CheckpointError, latest, read_checkpoint, save_checkpoint
 from scoresde.storage.checkpoints import clean
 from scoresde.storage.files import one_line

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from scoresde.config import ConfigError, make_grid, make_solver
-from scoresde.score_model import ScoreModel
+from scoresde.models.score_model import ScoreModel
 from scoresde.storage.files import one_line
 from sde_lib import Chain, GaussianMixture, Law, ReverseSDE
 

@@ -9,7 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from scoresde.score_model import DataSpec, ScoreModel
+from scoresde.data.spec import DataSpec
+from scoresde.models.score_model import ScoreModel
 from scoresde.storage import (
     CheckpointError,
     checkpoints,

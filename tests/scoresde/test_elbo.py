@@ -277,11 +277,11 @@ def test_variances_of_the_steps():
 
     def small(v, knot):
         table = torch.cat([chain.posterior_std[1:2], chain.posterior_std[1:]])
-        return (2 * table[knot.label].log()).expand_as(v)
+        return (2 * table[knot.index].log()).expand_as(v)
 
     def optimal(v, knot):  # the posterior's variance and what is not known of x_0
         unknown = 0.36 * knot.sigma**2 / (knot.alpha**2 * 0.36 + knot.sigma**2)
-        table = chain.posterior_std.square()[knot.label] + chain.posterior_x_0.square()[knot.label] * unknown
+        table = chain.posterior_std.square()[knot.index] + chain.posterior_x_0.square()[knot.index] * unknown
         return table.log().expand_as(v)
 
     options = {"times": None, "rng": 0}

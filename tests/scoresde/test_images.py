@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from scoresde.data.spec import DataSpec
 from scoresde.images import image_grid, picture, point_density, save_png
-from scoresde.score_model import DataSpec
 
 
 def test_grid_places_every_image_and_scales_its_values():

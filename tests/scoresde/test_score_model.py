@@ -10,7 +10,7 @@ from torch import nn
 
 from scoresde import (
     DDIM,
-    LABELS,
+    NOISE_LEVELS,
     PARAMETERIZATIONS,
     VESDE,
     VPSDE,
@@ -79,7 +79,7 @@ def test_labels_are_what_they_say():
         "log_half_sigma": math.log(knot.sigma / knot.alpha / 2),
         "index_down": 92,
     }
-    for name in LABELS:
+    for name in NOISE_LEVELS:
         law = sde.discretize(100) if name.startswith("index") else sde
         spy = Spy()
         model = ScoreModel(spy, law, "noise", name)
@@ -158,7 +158,7 @@ def test_bad_models_and_calls():
     with pytest.raises(ValueError, match=r"Did you mean 'noise'"):
         ScoreModel(Spy(), VPSDE(), "niose")
     with pytest.raises(ValueError, match="chain"):
-        ScoreModel(Spy(), VPSDE(), label="index")
+        ScoreModel(Spy(), VPSDE(), noise_level="index")
     with pytest.raises(ValueError, match="no option"):
         ScoreModel.from_config({"network": {"name": "mlp", "mlp": {"shape": [2], "widht": 3}}, "sde": {"name": "vp"}})
     model = ScoreModel(Spy(), VPSDE())

@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from scoresde.models.score_model import ScoreModel
 from scoresde.networks import NETWORKS
 from scoresde.pretrained import load_pretrained
-from scoresde.score_model import ScoreModel
 from scoresde.storage import CheckpointError, load_model, read_tensors, save_model, usable_device, write_tensors
 from scoresde.storage.files import parse_json, read_json, write_whole
 from scoresde.storage.locks import LockedError, locked

@@ -126,11 +126,11 @@ def test_knots_of_a_chain(name):
     """A level as an int, a 0-d and a (B,) tensor; labels are indices; times and floats are refused."""
     chain = make_sde(name).discretize(30)
     knot = chain.knot(7)
-    assert (knot.label, knot.t, knot.alpha) == (7, float(chain.times[7]), float(chain.alpha[7])) and knot.law is chain
+    assert (knot.index, knot.t, knot.alpha) == (7, float(chain.times[7]), float(chain.alpha[7])) and knot.law is chain
     assert chain.knot(torch.tensor(7)) is knot
     rows = chain.knot(torch.tensor([0, 29, 7]), ndim=3)
     assert rows.sigma.shape == (3, 1, 1) and rows.sigma.flatten().tolist() == chain.sigma[[0, 29, 7]].tolist()
-    assert rows.label.flatten().tolist() == [0, 29, 7]
+    assert rows.index.flatten().tolist() == [0, 29, 7]
     for bad in (0.5, torch.tensor(0.5), torch.tensor([0.5])):
         with pytest.raises(TypeError, match="level"):
             chain.knot(bad)
@@ -195,10 +195,10 @@ def test_strides(n, steps, spacing):
     """`steps` distinct levels in descending order, then the data; the ends that each spacing promises."""
     chain = _chain(n)
     knots = chain.descend(steps, spacing)
-    picked = [k.label for k in knots[:-1]]
+    picked = [k.index for k in knots[:-1]]
     assert len(picked) == steps and knots[-1] is DATA
     assert all(a > b for a, b in itertools.pairwise(picked)) and 0 <= picked[-1] and picked[0] < n
-    assert all(k is chain.levels[k.label] for k in knots[:-1])
+    assert all(k is chain.levels[k.index] for k in knots[:-1])
     if spacing in ("trailing", "linspace"):
         assert picked[0] == n - 1  # starts in the prior, one step included
     if spacing in ("leading", "linspace") and steps > 1:
@@ -211,12 +211,12 @@ def test_strides_are_the_published_ones(n, steps):
     chain = _chain(n)
     if not _ties(n, steps, steps):
         trailing = (np.round(np.arange(n, 0, -n / steps)).astype(int) - 1)[:steps]
-        assert [k.label for k in chain.descend(steps, "trailing")[:-1]] == trailing.tolist()
+        assert [k.index for k in chain.descend(steps, "trailing")[:-1]] == trailing.tolist()
     leading = (np.arange(steps) * (n // steps))[::-1]
-    assert [k.label for k in chain.descend(steps, "leading")[:-1]] == leading.tolist()
+    assert [k.index for k in chain.descend(steps, "leading")[:-1]] == leading.tolist()
     if steps > 1 and not _ties(n - 1, steps - 1, steps):
         linspace = np.linspace(0, n - 1, steps).round().astype(int)[::-1]
-        assert [k.label for k in chain.descend(steps, "linspace")[:-1]] == linspace.tolist()
+        assert [k.index for k in chain.descend(steps, "linspace")[:-1]] == linspace.tolist()
 
 
 _CHAINS: dict[int, Chain] = {}

@@ -217,7 +217,7 @@ def test_a_chain_goes_on_between_its_levels(name):
     for level in chain.levels:
         knot = law.knot(level.t)
         assert knot.half_log_snr == pytest.approx(level.half_log_snr, abs=1e-4 if isinstance(law, VESDE) else 1e-12)
-        assert chain.index_at(knot) == pytest.approx(level.label, abs=1e-9)
+        assert chain.index_at(knot) == pytest.approx(level.index, abs=1e-9)
     middle = torch.tensor([0.5 * (chain.levels[3].t + chain.levels[4].t)], dtype=torch.float64)
     assert float(chain.index_at(law.knot(middle, ndim=2))) == pytest.approx(3.5)
     seen = []

@@ -197,7 +197,7 @@ def test_defaults():
     assert [k.t for k in make_knots(sde, None, 4)] == [k.t for k in make_knots(sde, "blended", 4)]
     chain = sde.discretize(30)
     knots = make_knots(chain, None, None)
-    assert [k.label for k in knots] == [*range(29, -1, -1), -1] and knots[-1] is DATA
+    assert [k.index for k in knots] == [*range(29, -1, -1), -1] and knots[-1] is DATA
     assert len(make_knots(chain, chain, 5)) == 6
     assert make_knots(sde, "karras", 4) and make_knots(sde, Quadratic(), 4, "denoise")[-1] is DATA
     strided = chain.descend(5, "leading")

@@ -106,7 +106,7 @@ def test_calls_on_a_chain(case):
             assert "chain" in str(error).lower()
             return
         assert len(spy.log) == int(out.nfe[0]) == solver.on(chain).nfe(steps - 1, "denoise")
-        assert all(isinstance(k.label, int) and 0 <= k.label < 50 for k, _ in spy.log)
+        assert all(isinstance(k.index, int) and 0 <= k.index < 50 for k, _ in spy.log)
 
 
 @pytest.mark.parametrize("case", ["ddim", "ancestral", "heun", "predictor_corrector", "dormand_prince"])

@@ -227,7 +227,7 @@ FROM_TABLE = {"rtol": 2e-5, "atol": 1e-5}
 def test_ddpm_and_ddim(diffusers, name, solver, spacing):
     """DDPMScheduler and DDIMScheduler, ten strided steps of the thousand, from the first state to the sample."""
     chain, knots = ten_levels(diffusers, name)
-    assert [k.label for k in knots] == [k.label for k in chain.descend(10, spacing)]
+    assert [k.index for k in knots] == [k.index for k in chain.descend(10, spacing)]
     noise = diffusers.get(f"{name}/noise", torch.zeros(0, 2, 3, 8, 8, dtype=torch.float64))
     rev = mixture_of(diffusers).reverse(chain)
     out = solve(rev, diffusers[f"{name}/start"], solver, grid=knots, rng=Recorded(noise), strict=True)
@@ -242,7 +242,7 @@ def test_ddpm_and_ddim(diffusers, name, solver, spacing):
 def test_noise_ratio_schedulers(diffusers, name, solver, calls):
     """Heun, Euler and ancestral Euler in sigma / alpha, on the chain: states there are x / alpha."""
     chain, knots = ten_levels(diffusers, name)
-    assert [k.label for k in knots] == [k.label for k in chain.descend(10, "linspace")]
+    assert [k.index for k in knots] == [k.index for k in chain.descend(10, "linspace")]
     start = diffusers[f"{name}/start"] * knots[0].alpha
     noise = diffusers.get(f"{name}/noise", torch.zeros(0, 2, 3, 8, 8, dtype=torch.float64))
     rev = mixture_of(diffusers).reverse(chain)
@@ -516,7 +516,7 @@ def test_ddim_without_alpha_to_one_wastes_its_last_call(replays):
     assert int(replays[f"{name}/timesteps"][-1]) == 0
     assert float((x[-1] - x[-2]).abs().max()) <= 8 * EPS32 * float(x[-2].abs().max())
     knots = level_knots(replays, name)[:-1]
-    assert [k.label for k in knots] == [k.label for k in level_knots(replays, "ddim_eta0")[:-1]]
+    assert [k.index for k in knots] == [k.index for k in level_knots(replays, "ddim_eta0")[:-1]]
     assert torch.equal(x[: len(knots)], replays["ddim_eta0/x"][: len(knots)])
     chain = VPSDE().discretize(1000)
     with pytest.raises(ValueError, match="monotone"):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from scoresde.data.spec import DataSpec
 from scoresde.losses import chain_loss, continuous_loss
 from sde_lib import NOISE_LEVELS, PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Prediction, ReverseSDE, build, lookup
 from sde_lib import _math as m
@@ -21,116 +21,20 @@ if TYPE_CHECKING:
     from solvers import Solver
 
 
-@dataclass(frozen=True)
-class DataSpec:
-    r"""How data are laid out and how they become the state of a model.
-
-    Model units x and data units z are related by :math:`x = (z - \mathrm{shift}) / \mathrm{scale}`. With `levels` = L
-    the data are integers k in 0 … L - 1, and z = k + u with u in [0, 1) uniform: each integer owns the bin [k, k + 1),
-    so a density of z integrates to the probability of k. u = 1/2 stands for the integer when no noise is wanted.
-
-    Args:
-        shape: D, of one sample.
-        shift: z that maps to x = 0.
-        scale: z per unit of x, > 0.
-        levels: number of integer levels, or None for continuous data.
-        num_classes: number of class labels, 0 without.
-
-    Raises:
-        ValueError: for a shape, scale, or number of levels that makes no sense.
-    """
-
-    shape: tuple[int, ...]
-    shift: float = 0.0
-    scale: float = 1.0
-    levels: int | None = None
-    num_classes: int = 0
-
-    def __post_init__(self) -> None:
-        shape = tuple(self.shape) if isinstance(self.shape, list | tuple) else (self.shape,)
-        if not all(isinstance(n, int) and n >= 1 for n in shape) or shape == (self.shape,):
-            raise ValueError(f"`shape` must be a tuple of positive ints, e.g. (3, 32, 32) or (2,), got {self.shape!r}.")
-        object.__setattr__(self, "shape", shape)
-        check_positive("scale", self.scale)
-        if not (isinstance(self.shift, int | float) and math.isfinite(self.shift)):
-            raise ValueError(f"`shift` must be a finite number, got {self.shift!r}.")
-        if self.levels is not None and (not isinstance(self.levels, int) or self.levels < 2):
-            raise ValueError(f"`levels` must be an int >= 2, or None for continuous data, got {self.levels!r}.")
-        if not isinstance(self.num_classes, int) or self.num_classes < 0:
-            raise ValueError(f"`num_classes` must be an int >= 0, got {self.num_classes!r}.")
-
-    @classmethod
-    def integers(cls, shape: tuple[int, ...], levels: int, num_classes: int = 0) -> DataSpec:
-        """Integer data 0 … levels - 1 spread over [-1, 1)."""
-        return cls(shape, shift=levels / 2, scale=levels / 2, levels=levels, num_classes=num_classes)
-
-    @property
-    def dims(self) -> int:
-        """Number of elements of one sample."""
-        return math.prod(self.shape)
-
-    def check(self, data: Tensor) -> None:
-        """Raise unless `data` is a tensor of this shape, finite and, with levels, of their integers."""
-        if not isinstance(data, Tensor):
-            raise TypeError(f"Data must be a tensor (torch.as_tensor), got {type(data).__name__}.")
-        if tuple(data.shape[1:]) != self.shape:
-            raise ValueError(f"Data must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(data.shape)}.")
-        if data.shape[0] == 0:
-            raise ValueError("Data are empty: B must be at least 1.")
-        if data.is_floating_point() and not bool(torch.isfinite(data).all()):
-            raise ValueError("Data contain NaN or infinite values.")
-        if self.levels is not None:
-            if data.is_floating_point() and not bool((data == data.round()).all()):
-                raise ValueError(f"Data must be integers 0 … {self.levels - 1}; got fractions (already scaled?).")
-            low, high = int(data.min()), int(data.max())
-            if low < 0 or high >= self.levels:
-                raise ValueError(f"Data must be integers 0 … {self.levels - 1}, got values from {low} to {high}.")
-
-    def check_classes(self, labels: Any) -> None:
-        """Raise unless `labels` are classes: an integer tensor, 0 … num_classes (the last stands for no class)."""
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"Class labels must be an int64 tensor (B,), e.g. torch.tensor([0, 3]), got {kind}.")
-        if labels.numel() == 0:
-            raise ValueError("Class labels are empty: there must be one per sample.")
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high > self.num_classes:
-            raise ValueError(
-                f"Class labels must be in 0 … {self.num_classes - 1} ({self.num_classes} stands for none), got values "
-                f"from {low} to {high}."
-            )
-
-    def encode(self, data: Tensor, u: Tensor | float | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Data units to model units. `u` dequantizes integer data; 1/2 (the middle of the bin) if None."""
-        z = data.to(dtype)
-        if self.levels is not None:
-            z = z + (0.5 if u is None else u)
-        return (z - self.shift) / self.scale
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Model units to data units: integers (int64) where there are levels."""
-        z = x * self.scale + self.shift
-        return z if self.levels is None else z.floor().clamp(0, self.levels - 1).long()
-
-
-LABELS = NOISE_LEVELS
-"""Name -> what the network is told about the noise level: see `sde_lib.NOISE_LEVELS`."""
-
-
 class ScoreModel(nn.Module):
     """A score network with its law, parameterization, label map, input scaling and data specification.
 
     Args:
-        network: ``network(x, label, **condition) -> Tensor`` like x; label has shape (B,).
+        network: ``network(x, noise_level, **condition) -> Tensor`` like x; the noise level has shape (B,).
         law: `SDE`, or `Chain` for a network on discrete levels.
         parameterization: what the network outputs: a name in `PARAMETERIZATIONS`.
-        label: what it is told about the noise level: a name in `LABELS`.
+        noise_level: what it is told about the noise level: a name in `NOISE_LEVELS`.
         data_spec: layout of the data; optional for a network used in model units only.
         sigma_data: standard deviation of the data in model units, for "edm" and for the input scaling.
         input_scaling: "unit" divides the input by sqrt(sigma^2 + alpha^2 sigma_data^2), so that it has unit variance
             at every noise level (EDM's c_in on any SDE); "none" hands over the state.
         config: what `from_config` was given.
-        label_levels: number of levels that the labels "index" and "index_down" count where the law is an SDE: a
+        index_levels: number of levels that the noise levels "index" and "index_down" count where the law is an SDE: a
             network of a chain goes on between its levels. On a chain it is the chain's.
 
     A network with the attribute `learned_variance` returns twice the channels; the second half is `log_variance`'s.
@@ -144,12 +48,12 @@ class ScoreModel(nn.Module):
         network: nn.Module,
         law: SDE | Chain,
         parameterization: str = "v",
-        label: str = "quarter_log_sigma",
+        noise_level: str = "quarter_log_sigma",
         data_spec: DataSpec | None = None,
         sigma_data: float = 0.5,
         input_scaling: str = "unit",
         config: Mapping[str, Any] | None = None,
-        label_levels: int = 0,
+        index_levels: int = 0,
     ) -> None:
         super().__init__()
         if not callable(network):
@@ -160,12 +64,12 @@ class ScoreModel(nn.Module):
             raise TypeError(f"`data_spec` must be a DataSpec, e.g. DataSpec((2,)), got {data_spec!r}.")
         check_positive("sigma_data", sigma_data)
         kind = lookup(PARAMETERIZATIONS, parameterization, "parameterization")
-        self._label = lookup(LABELS, label, "label")
+        self._noise_level = lookup(NOISE_LEVELS, noise_level, "noise_level")
         if input_scaling not in ("unit", "none"):
             raise ValueError(f'`input_scaling` must be "unit" or "none", got {input_scaling!r}.')
-        self.label_levels = law.index_levels or label_levels
-        if label.startswith("index") and self.label_levels < 2:
-            raise ValueError(f'The label "{label}" needs a chain, law=sde.discretize(n), or `label_levels`.')
+        self.index_levels = law.index_levels or index_levels
+        if noise_level.startswith("index") and self.index_levels < 2:
+            raise ValueError(f'Noise level "{noise_level}" needs a chain, law=sde.discretize(n), or `index_levels`.')
         self.network, self.law, self.data_spec = network, law, data_spec
         self.parameterization = kind(sigma_data) if parameterization == "edm" else kind()
         self.sigma_data, self.input_scaling = float(sigma_data), input_scaling
@@ -230,12 +134,12 @@ class ScoreModel(nn.Module):
             x_in = x * c_in.to(x.dtype) if isinstance(c_in, Tensor) else x * c_in
         else:
             x_in = x
-        value = self._label(knot, self.label_levels)
-        label = knot.spread(value, x, torch.float32 if x.dtype.itemsize < 8 else torch.float64)
+        value = self._noise_level(knot, self.index_levels)
+        level = knot.spread(value, x, torch.float32 if x.dtype.itemsize < 8 else torch.float64)
         dtype = self.dtype
         if x_in.dtype != dtype:
-            x_in, label = x_in.to(dtype), label.to(dtype)
-        return self.network(x_in, label, **condition)
+            x_in, level = x_in.to(dtype), level.to(dtype)
+        return self.network(x_in, level, **condition)
 
     @property
     def learned_variance(self) -> bool:
@@ -255,7 +159,7 @@ class ScoreModel(nn.Module):
         if not self.learned_variance or not isinstance(law, Chain):
             raise ValueError("`log_variance` needs a network with a learned variance on a chain.")
         out = self._network(x, knot, condition)[:, x.shape[1] :]
-        at = torch.as_tensor(knot.label, device=out.device)
+        at = torch.as_tensor(knot.index, device=out.device)
         betas, std = law.betas.to(out.device), law.posterior_std.to(out.device)
         large, small = betas[at].log(), 2.0 * std[at.clamp(min=1)].log()
         return torch.lerp(small.to(out), large.to(out), 0.5 * (out + 1.0))

@@ -1,0 +1,96 @@
+"""What is trained, and on what loss: the base of all objectives. The training loop knows nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from scoresde.data.batch import Batch
+from scoresde.streams import Streams
+
+
+@dataclass(frozen=True)
+class Average:
+    r"""A moving average of the weights of one part: :math:`\bar\theta \leftarrow \bar\theta + (1 - d_n)(\theta -
+    \bar\theta)` after the n-th update of the part, :math:`d_n = \min(d, (1 + n) / (10 + n))`.
+
+    Args:
+        part: name of the part.
+        decay: d, in [0, 1).
+        warmup: whether early weights are forgotten faster, as above; if False, :math:`d_n = d`.
+    """
+
+    part: str
+    decay: float = 0.999
+    warmup: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.decay, int | float) or not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"`decay` must be in [0, 1), got {self.decay!r}.")
+
+    def kept(self, n: int) -> float:
+        """d_n: the share of the average that stays at its n-th update, n = 1, 2, …"""
+        return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+
+
+@dataclass(frozen=True, eq=False)
+class At:
+    """Where training stands when a loss is asked for.
+
+    Attributes:
+        step: optimizer steps done, 0 at first.
+        total: steps of the run (its best guess where a run ends by the clock).
+        streams: what is random at this step, for the rows of this batch.
+        averages: the averaged parts by the names of `Objective.averages`, as modules that are not trained.
+    """
+
+    step: int
+    total: int
+    streams: Streams
+    averages: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+class Objective(nn.Module):
+    """A loss, and the parts that it trains: its child modules, by their names. Base class.
+
+    A subclass assigns its parts as attributes, says in `phases` which of them are trained when, and gives `forward`.
+    Parts that are no children (a frozen teacher) belong into a list or a tuple: they are neither trained nor saved.
+    Whatever else has to survive an interruption is a buffer.
+    """
+
+    phases: Mapping[str, tuple[str, ...]] = {"train": ("model",)}
+    """Phase -> the parts that it trains, in the order in which they take turns at every step. A GAN:
+    ``{"critic": ("critic",), "generator": ("generator",)}``."""
+    group: int = 1
+    """Rows that a loss couples: so many consecutive rows of the global batch see each other (a transport plan, shared
+    times), and have to be in one process's part. 1: every row by itself."""
+    trains: ClassVar[str] = "model"
+    """Name of the part that `result` is made of."""
+
+    def averages(self) -> dict[str, Average]:
+        """Name -> a moving average of a part's weights, kept by the loop and read in `At.averages`. The first one of
+        the part that `trains` names is what is sampled from."""
+        return {"ema": Average(self.trains)}
+
+    def forward(self, phase: str, batch: Batch, at: At) -> Tensor:
+        """(B,) losses of a part of the global batch; the loop takes their mean.
+
+        Args:
+            phase: a name in `phases`.
+            batch: samples in data units (the objective encodes them), conditions already dropped.
+            at: step, streams and averages. Everything random comes from ``at.streams``.
+        """
+        raise NotImplementedError
+
+    def held_out(self, batch: Batch, at: At) -> Tensor:
+        """(B,) losses of held-out samples; of the first phase by default."""
+        first: Tensor = self(next(iter(self.phases)), batch, at)
+        return first
+
+    def result(self) -> nn.Module:
+        """What is saved as the model: the part that `trains` names, by default."""
+        found: nn.Module = getattr(self, self.trains)
+        return found
