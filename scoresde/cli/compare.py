@@ -1,0 +1,139 @@
+"""``scoresde compare``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from scoresde.cli.conditions import class_labels
+from scoresde.cli.output import drawn
+from scoresde.cli.runs import from_run, open_run
+
+HELP = "Compare solvers on a trained model, or on a toy whose score is known exactly."
+
+_SOLVERS = (
+    "comma-separated names with options and grids: heun,dpmpp_3m@uniform_half_log_snr,ddim(eta=0.5)@karras(rho=5); "
+    "`recommended` is the best measured one for each budget"
+)
+_GRID = "grid of solvers without one of their own (default: blended; on a chain, its levels)"
+_FEATURES = "of the Fréchet distance: identity, random_relu, or your own function as package.module:function"
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    from_run(p, required=False)
+    p.add_argument("--solvers", required=True, metavar="LIST", help=_SOLVERS)
+    p.add_argument("--nfe", default="5,10,20,50", metavar="LIST", help="budgets of network calls (default: 5,10,20,50)")
+    p.add_argument("--rtol", default="1e-1,1e-2,1e-3", metavar="LIST", help="tolerances of adaptive solvers")
+    p.add_argument("--grid", metavar="GRID", help=_GRID)
+    p.add_argument("--n", type=int, default=256, metavar="N", help="samples per repetition (default: 256)")
+    p.add_argument("--batch-size", type=int, metavar="N", help="samples at a time (default: all)")
+    p.add_argument("--repetitions", type=int, default=3, metavar="N", help="with other noise each (default: 3)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="starts and noise")
+    p.add_argument("--float64", action="store_true", help="double precision states (networks stay as they are)")
+    p.add_argument("--class", dest="class_label", metavar="C", help="class of the samples: a number, or `all` in turn")
+    p.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance scale; needs --class")
+    p.add_argument("--metrics", metavar="LIST", help="distances between samples (default: all)")
+    p.add_argument("--features", metavar="NAME", help=_FEATURES)
+    p.add_argument("--out", metavar="DIR", help="where results go (default: compare in the run, or here)")
+    p.add_argument("--restart", action="store_true", help="start anew instead of going on with what DIR holds")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Compare, and leave a table and pictures."""
+    from scoresde.comparison import compare
+    from scoresde.comparison.specs import parse_grid
+
+    trained = arguments.workdir or arguments.checkpoint
+    problem, options = (_trained if trained else _toy)(arguments, overrides)
+    out = Path(arguments.out or Path(arguments.workdir or ".") / "compare")
+    result = compare(
+        problem,
+        arguments.solvers,
+        nfe=_numbers("--nfe", arguments.nfe, int),
+        rtol=_numbers("--rtol", arguments.rtol, float),
+        grid=None if arguments.grid is None else parse_grid(arguments.grid),
+        n=arguments.n,
+        repetitions=arguments.repetitions,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        metrics=None if arguments.metrics is None else arguments.metrics.split(","),
+        features=_features(arguments.features),
+        path=out,
+        resume=not arguments.restart,
+        **options,
+    )
+    result.to_csv(out / "compare.csv")
+    result.to_json(out / "compare.json")
+    print(result.table())
+    pictures = drawn({"compare.png": result.plot, "samples.png": result.sheet}, out)
+    print(f"{', '.join(['compare.csv', 'compare.json', *pictures])} in {out}")
+
+
+def _trained(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
+    """A trained model, perhaps under a class and guidance, and what its samples should be like."""
+    import torch
+
+    from scoresde import config
+    from scoresde.guidance import ClassifierFreeGuidance
+    from scoresde.training.samples import _labels
+
+    settings, model, _ = open_run(arguments, overrides)
+    spec, data = model.data_spec, config.make_data(settings)
+    held_out, train = data.held_out.data, data.train.data
+    options: dict[str, Any] = {"dtype": torch.float64 if arguments.float64 else torch.float32}
+    label = class_labels(arguments.class_label, arguments.n, spec.num_classes)
+    if label is None:
+        if arguments.guidance is not None:
+            raise ValueError("--guidance needs a class to guide to: give --class too.")
+        return model, {**options, "samples": held_out, "floor": train}
+    labels = _labels(label, arguments.n, spec.num_classes)
+    assert labels is not None
+    problem = model.reverse({"class_label": labels.to(model.device)})
+    if arguments.guidance is not None:
+        problem = ClassifierFreeGuidance(problem, arguments.guidance)
+    if isinstance(label, int) and data.held_out.labels is not None and data.train.labels is not None:
+        held_out, train = held_out[data.held_out.labels == label], train[data.train.labels == label]
+    options |= {"shape": spec.shape, "decode": spec.decode, "device": model.device}
+    return problem, {**options, "samples": held_out, "floor": train}
+
+
+def _toy(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
+    """A density whose score is known, in double precision."""
+    import torch
+
+    from scoresde import config
+    from scoresde.storage import usable_device
+
+    if arguments.config is None:
+        raise ValueError("Give a trained model (--workdir or --checkpoint), or --config of a toy with a known density.")
+    if arguments.class_label is not None or arguments.guidance is not None:
+        raise ValueError("--class and --guidance are for trained models (--workdir or --checkpoint).")
+    problem, shape, draw = config.make_exact(config.load(arguments.config, overrides))
+    device = usable_device(arguments.device or "cpu")
+    return problem, {"shape": shape, "samples": draw, "dtype": torch.float64, "device": device}
+
+
+def _features(text: str | None) -> Any:
+    """A name, or the function that ``package.module:function`` says."""
+    if text is None or ":" not in text:
+        return text
+    from importlib import import_module
+
+    module, _, name = text.partition(":")
+    sys.path.append(str(Path.cwd()))  # last: a file here hides nothing
+    try:
+        return getattr(import_module(module), name)
+    except (AttributeError, ImportError, ValueError) as error:
+        raise ValueError(f"--features={text} cannot be imported: {error}") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+
+
+def _numbers(flag: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{flag} takes numbers separated by commas, got {text!r}.") from None

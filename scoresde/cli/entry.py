@@ -1,0 +1,84 @@
+"""The parser and the entry point of all commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+from scoresde.cli import compare, configs, convert, demo, likelihood, sample, train
+from scoresde.cli.processes import processes
+
+COMMANDS: Mapping[str, ModuleType] = {
+    "train": train,
+    "sample": sample,
+    "likelihood": likelihood,
+    "compare": compare,
+    "demo": demo,
+    "convert": convert,
+    "configs": configs,
+}
+"""Name -> its room: `HELP`, `arguments(parser)`, and `run(arguments, overrides)`."""
+
+_EPILOG = """\
+Any field of the configuration can be set: --config.training.batch_size=64 --config.sde.name=ve.
+`scoresde configs` lists the shipped configurations; `scoresde COMMAND --help` explains a command.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, without the `--config.…` overrides, which go to ml_collections."""
+    shape: Any = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
+    top = _Parser(prog="scoresde", description="Score-based generative models in continuous time.", **shape)
+    top.add_argument("--traceback", action="store_true", help="show the whole traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, room in COMMANDS.items():
+        p = commands.add_parser(name, help=room.HELP, description=room.HELP, **shape)
+        p.set_defaults(run=room.run)
+        room.arguments(p)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, 2 for a mistake of the user, 1 for what should not happen, 130 after
+    Ctrl-C; training that was ended by another signal exits with 128 + its number."""
+    arguments, rest = parser().parse_known_args(argv)
+    named = f"scoresde {arguments.command}"
+    try:
+        if processes() > 1 and arguments.command not in ("train", "likelihood"):
+            raise ValueError("this command runs in one process: start it without torchrun.")
+        arguments.run(arguments, _joined(rest))
+    except KeyboardInterrupt:
+        print(f"{named}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if arguments.traceback:
+            raise
+        text = " ".join(str(error).split())
+        # what the library raises for bad input
+        if isinstance(error, ArithmeticError | ImportError | OSError | TypeError | ValueError):
+            print(f"{named}: error: {text}", file=sys.stderr)
+            return 2
+        print(f"{named}: {type(error).__name__}: {text[:400]} (`scoresde --traceback` shows where)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _joined(rest: list[str]) -> list[str]:
+    """``--config.a 1`` as ``--config.a=1``."""
+    joined: list[str] = []
+    for word in rest:
+        if joined and joined[-1].startswith("--config.") and "=" not in joined[-1] and not word.startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined

@@ -1,0 +1,81 @@
+"""``scoresde likelihood``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scoresde.cli.output import drawn
+from scoresde.cli.processes import process_group
+from scoresde.cli.runs import from_run, open_run
+
+HELP = "Score held-out data under a trained model, in bits/dim."
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    from_run(p)
+    p.add_argument("--n", type=int, metavar="N", help="number of held-out samples (likelihood.n; default: all)")
+    p.add_argument("--seed", type=int, metavar="N", help="noise (likelihood.seed)")
+    p.add_argument("--given-class", action="store_true", help="condition on the classes: log p(x | class)")
+    p.add_argument("--elbo", action="store_true", help="the variational bound, too (on a chain it is the only figure)")
+    p.add_argument("--convergence", action="store_true", help="how 8 samples settle with steps and with probes, too")
+    p.add_argument("--out", metavar="DIR", help="folder of the results (default: `likelihood` in the run, or here)")
+    p.add_argument("--restart", action="store_true", help="score anew what the folder holds already")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Score held-out data: a row per sample, a summary and pictures."""
+    import json
+
+    from scoresde import config
+    from scoresde.likelihood import bits_per_dim, elbo_of_data
+    from scoresde.likelihood.pictures import budget, convergence, histogram
+    from scoresde.storage.files import write_whole
+    from sde_lib import Chain
+
+    settings, model, _ = open_run(arguments, overrides)
+    options = {k: v for k, v in settings.likelihood.items() if v is not None}
+    for name in ("n", "seed"):
+        if getattr(arguments, name) is not None:
+            options[name] = getattr(arguments, name)
+    n = options.pop("n", None)
+    held_out = config.make_data(settings).held_out
+    if n is not None and not 1 <= n <= len(held_out):
+        raise ValueError(f"likelihood.n must be in 1 … {len(held_out)} (the held-out samples), got {n}.")
+    data, labels = held_out.data[:n], None
+    if arguments.given_class:
+        if held_out.labels is None:
+            raise ValueError("--given-class needs data with classes.")
+        labels = held_out.labels[:n]
+    out = Path(arguments.out or Path(arguments.workdir or ".") / "likelihood")
+    summary: dict[str, Any] = {}
+    pictures: dict[str, Callable[[Path], object]] = {}
+    with process_group() as first:
+        if not isinstance(model.law, Chain):
+            result = bits_per_dim(
+                model, data, labels=labels, path=out / "likelihood.csv", resume=not arguments.restart, **options
+            )
+        if not first:
+            return
+        if not isinstance(model.law, Chain):
+            print(f"{len(data)} held-out samples: {result}")
+            summary = result.summary()
+            pictures["likelihood.png"] = lambda path: histogram(result, path)
+            pictures["budget.png"] = lambda path: budget(result, path)
+            if arguments.convergence:
+                condition = {} if labels is None else {"class_label": labels[:8].to(model.device)}
+                x = model.data_spec.encode(data[:8]).to(model.device, model.dtype)
+                settled = convergence(model.reverse(condition), x, seed=options["seed"], sigma_data=model.sigma_data)
+                print(settled.table())
+                summary["convergence"] = vars(settled)
+                pictures["convergence.png"] = settled.plot
+        if arguments.elbo or isinstance(model.law, Chain):
+            bound = elbo_of_data(model, data, labels=labels, seed=options["seed"], batch_size=options["batch_size"])
+            print(f"{len(data)} held-out samples: {bound}")
+            summary["elbo"] = bound.summary()
+        write_whole(out / "likelihood.json", json.dumps(summary, indent=1) + "\n")
+        written = ["likelihood.json", *(["likelihood.csv"] if pictures else []), *drawn(pictures, out)]
+        print(f"written to {out}: {', '.join(written)}")

@@ -1,0 +1,70 @@
+"""``scoresde sample``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from scoresde.cli.conditions import class_labels
+from scoresde.cli.runs import from_run, open_run
+
+HELP = "Draw samples from a trained model."
+
+
+def arguments(p: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    from_run(p)
+    p.add_argument("--out", metavar="FILE", help=".png, .npy or .npz (default: samples.png in the run, or here)")
+    p.add_argument("--solver", metavar="NAME", help="solver (sampling.solver.name)")
+    p.add_argument("--steps", type=int, metavar="N", help="number of steps (sampling.steps)")
+    p.add_argument("--nfe", type=int, metavar="N", help="budget of network calls per sample, instead of --steps")
+    p.add_argument("--n", type=int, metavar="N", help="number of samples (sampling.n)")
+    p.add_argument("--seed", type=int, metavar="N", help="noise (sampling.seed)")
+    p.add_argument("--class", dest="class_label", metavar="C", help="class of the samples: a number, or `all` in turn")
+    p.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance scale (sampling.guidance)")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Draw samples into a file."""
+    import numpy as np
+    import torch
+
+    from scoresde.images import picture, save_png
+    from scoresde.training import draw_samples
+
+    settings, model, file = open_run(arguments, overrides)
+    s = settings.sampling
+    for name in ("steps", "nfe", "n", "seed", "guidance"):
+        if getattr(arguments, name) is not None:
+            s[name] = getattr(arguments, name)
+    if arguments.steps is not None and arguments.nfe is not None:
+        raise ValueError("Give --steps or --nfe, not both.")
+    if arguments.steps is not None:
+        s.nfe = None
+    if arguments.solver is not None:
+        s.solver.name = arguments.solver
+    spec = model.data_spec
+    out = Path(arguments.out or Path(arguments.workdir or ".") / "samples.png")
+    if out.suffix not in (".png", ".npy", ".npz"):
+        raise ValueError(f"--out must end in .png, .npy or .npz, got {out.name!r}.")
+    if out.suffix == ".png" and picture(torch.zeros(1, *spec.shape), spec) is None:
+        raise ValueError(f"Samples of shape {tuple(spec.shape)} have no picture: use --out=samples.npy.")
+    labels = class_labels(arguments.class_label, s.n, spec.num_classes)
+    samples = draw_samples(model, settings, class_label=labels, progress=None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".png":
+        image = picture(samples.data, spec)
+        if image is not None:
+            save_png(image, out)
+    elif out.suffix == ".npy":
+        np.save(out, samples.data.numpy())
+    else:
+        arrays: dict[str, Any] = {"data": samples.data.numpy()}
+        if labels is not None:
+            arrays["labels"] = torch.as_tensor(labels).expand(s.n).numpy()
+        np.savez(out, **arrays)
+    print(
+        f"{s.n} samples by {s.solver.name}, {samples.nfe.double().mean():.4g} network calls each, "
+        f"{samples.seconds:.1f} s, from {file}: {out}"
+    )

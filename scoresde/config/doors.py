@@ -1,0 +1,156 @@
+"""What the sections of a configuration stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import ml_collections
+
+from scoresde.config.errors import ConfigError
+from scoresde.config.stored import to_dict
+from scoresde.storage.files import one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scoresde.data import Dataset
+    from scoresde.data.spec import DataSpec
+    from scoresde.models.score_model import ScoreModel
+    from sde_lib import Law, ReverseSDE
+    from solvers import Grid, Solver
+
+
+def build(table: Mapping[str, Any], section: ml_collections.ConfigDict, what: str, **given: Any) -> Any:
+    """`sde_lib.build` for a section: unset fields are left to the constructor.
+
+    Raises:
+        ConfigError: for an unknown name or options that the constructor refuses.
+    """
+    from sde_lib import build as build_entry
+
+    name = section["name"]
+    options = section.get(name)
+    plain = _set(options) if isinstance(options, ml_collections.ConfigDict) else {}
+    try:
+        return build_entry(table, {"name": name, name: plain}, what, **given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def make_law(config: ml_collections.ConfigDict) -> Law:
+    """The forward SDE, or its chain if `sde.chain` is set."""
+    from sde_lib import SDES
+
+    sde = build(SDES, config.sde, "sde")
+    if config.sde.chain is None:
+        return sde
+    try:
+        return sde.discretize(config.sde.chain)
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def make_data(config: ml_collections.ConfigDict) -> Dataset:
+    """The data set, loaded and split.
+
+    Raises:
+        ConfigError: if it cannot be read; ImportError if a package is missing.
+    """
+    from scoresde.data import DATASETS
+
+    source = build(DATASETS, config.data, "data set")
+    try:
+        dataset = source.load()
+    except (OSError, ValueError) as error:
+        raise ConfigError(one_line(error)) from error
+    wanted = config.data.shape
+    if wanted is not None and dataset.spec.shape != tuple(wanted):
+        raise ConfigError(f"This experiment is for data of shape {tuple(wanted)}, got {dataset.spec.shape}.")
+    return dataset
+
+
+def make_exact(
+    config: ml_collections.ConfigDict,
+) -> tuple[ReverseSDE, tuple[int, ...], Callable[[int, int], Tensor]]:
+    """For a toy that is a Gaussian mixture: its exact reverse SDE, its shape, and (count, seed) -> exact samples.
+
+    Raises:
+        ConfigError: for other data.
+    """
+    import torch
+
+    from scoresde.data import DATASETS
+
+    source = build(DATASETS, config.data, "data set")
+    mixture = getattr(source, "mixture", None)
+    if mixture is None:
+        known = ", ".join(name for name, cls in DATASETS.items() if hasattr(cls, "mixture"))
+        raise ConfigError(
+            f"The data set {config.data.name!r} has no score in closed form (those with one: {known}): train a model "
+            "and give its --workdir."
+        )
+    return (
+        mixture.reverse(make_law(config)),
+        mixture.shape,
+        lambda n, seed: mixture.sample(n, torch.Generator().manual_seed(seed), torch.float64),
+    )
+
+
+def model_config(config: ml_collections.ConfigDict, spec: DataSpec) -> dict[str, Any]:
+    """What `ScoreModel.from_config` takes."""
+    from scoresde.networks import NETWORKS
+    from sde_lib import SDES
+
+    name = config.network.name
+    lookup_entry(NETWORKS, name, "network")
+    options = {**to_dict(config.network[name]), "shape": list(spec.shape), "num_classes": spec.num_classes}
+    sde = config.sde.name
+    lookup_entry(SDES, sde, "sde")
+    return {
+        **to_dict(config.model),
+        "network": {"name": name, name: _set(options)},
+        "sde": {"name": sde, sde: _set(to_dict(config.sde[sde]))},
+        "levels": config.sde.chain or 0,
+        "data_spec": {**asdict(spec), "shape": list(spec.shape)},
+    }
+
+
+def make_model(config: ml_collections.ConfigDict, spec: DataSpec) -> ScoreModel:
+    """The score model with fresh weights, drawn from torch's global generator."""
+    from scoresde.models.score_model import ScoreModel
+
+    try:
+        return ScoreModel.from_config(model_config(config, spec))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def lookup_entry(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """Entry of a table, or a `ConfigError` that lists the names."""
+    from sde_lib import lookup
+
+    try:
+        return lookup(table, name, what)
+    except ValueError as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def _set(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are set: the others are left to the constructor."""
+    return {k: v for k, v in options.items() if v is not None}
+
+
+def make_solver(config: ml_collections.ConfigDict) -> Solver:
+    """The solver of `sampling.solver`."""
+    from solvers import SOLVERS
+
+    return build(SOLVERS, config.sampling.solver, "solver")
+
+
+def make_grid(config: ml_collections.ConfigDict) -> Grid | None:
+    """The grid of `sampling.grid`, or None for the law's own."""
+    from solvers import GRIDS
+
+    return build(GRIDS, config.sampling.grid, "grid") if config.sampling.grid.name else None

@@ -1,0 +1,5 @@
+"""What a configuration that cannot be used raises."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line."""
