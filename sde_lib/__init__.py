@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from sde_lib._checks import build, lookup
+from sde_lib._checks import Table, build, lookup
 from sde_lib.chain import Chain
 from sde_lib.cosine import CosineVPSDE
 from sde_lib.edm import EDMSDE
@@ -28,7 +28,7 @@ from sde_lib.tabulated import TabulatedSDE
 from sde_lib.ve import VESDE
 from sde_lib.vp import VPSDE
 
-SDES: Mapping[str, type[SDE]] = {
+SDES: Mapping[str, type[SDE]] = Table(SDE, {
     "vp": VPSDE,
     "sub_vp": SubVPSDE,
     "ve": VESDE,
@@ -36,8 +36,8 @@ SDES: Mapping[str, type[SDE]] = {
     "edm": EDMSDE,
     "flow": FlowSDE,
     "tabulated": TabulatedSDE,
-}
-"""Name -> class. A new SDE is one file and one line here."""
+})
+"""Name -> class. A new SDE is one file and one line here. "module:Class" names one of your own."""
 
 __all__ = [
     "DATA",
@@ -67,6 +67,7 @@ __all__ = [
     "ReverseSDE",
     "ScorePrediction",
     "SubVPSDE",
+    "Table",
     "TabulatedSDE",
     "VPrediction",
     "Wrapper",

@@ -3,11 +3,14 @@
 import difflib
 import inspect
 import math
+import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -69,12 +72,56 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+class Table(dict[str, type[T]]):
+    """Name -> class. Open: "module:Class" names a class of one's own, a subclass of `base`.
+
+    It is found among the modules that are imported already. Nothing is ever imported because a name says so: names come
+    from files, too.
+
+    Args:
+        base: what every entry is a subclass of.
+        entries: name -> class.
+    """
+
+    def __init__(self, base: type, entries: Mapping[str, type[T]]) -> None:
+        super().__init__(entries)
+        self.base = base
+
+    def own(self, name: str, what: str) -> type[T]:
+        """The class "module:Class"."""
+        module, _, key = name.partition(":")
+        if module not in sys.modules or not key.isidentifier():
+            raise ValueError(
+                f"The {what} {name!r} is code of your own: import {module} first, or give --import {module}."
+                if key.isidentifier()
+                else f"The {what} {name!r} must be a name of the table, or module:Class."
+            )
+        found = getattr(sys.modules[module], key, None)
+        if found is None:
+            raise ValueError(f"{module} has no {what} {key!r}.{did_you_mean(key, vars(sys.modules[module]))}")
+        if not isinstance(found, type) or not issubclass(found, self.base):
+            base = f"{self.base.__module__}.{self.base.__qualname__}"
+            raise ValueError(f"{name} is no {what}: it has to be a subclass of {base}.")
+        return cast("type[T]", found)
+
+
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """Entry `name` of `table`; an unknown name lists the known ones and suggests the nearest."""
+    """Entry `name` of `table`, or of an open one (`Table`) the class "module:Class" of one's own.
+
+    An unknown name lists the known ones and suggests the nearest.
+    """
     if name not in table:
+        if isinstance(table, Table) and ":" in str(name):
+            return table.own(name, what)
         known = ", ".join(sorted(table))
-        raise ValueError(f"Unknown {what} {name!r}.{did_you_mean(str(name), table)} Known: {known}.")
+        more = ", or a class of your own, module:Class" if isinstance(table, Table) else ""
+        raise ValueError(f"Unknown {what} {name!r}.{did_you_mean(str(name), table)} Known: {known}{more}.")
     return table[name]
+
+
+def section_key(name: str) -> str:
+    """Under what key a section keeps the options of its entry `name`: the name, or the class of "module:Class"."""
+    return name.partition(":")[2] or name
 
 
 def options_of(cls: Any) -> dict[str, Any]:
@@ -83,13 +130,19 @@ def options_of(cls: Any) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
-def build(table: Mapping[str, Any], section: Mapping[str, Any], what: str, **given: Any) -> Any:
+def build(
+    table: Mapping[str, Any], section: Mapping[str, Any], what: str, *, via: str | None = None, **given: Any
+) -> Any:
     """Build the class that a config section names: ``{"name": "vp", "vp": {"beta_max": 10.0}}``.
+
+    Options may be such sections themselves: a class says ``tables = {"times": TIMES}``, and its option `times` is
+    ``{"name": "uniform", "uniform": {…}}``, or an object (a name of "" is None).
 
     Args:
         table: name -> class (or factory).
         section: `name`, and one sub-section of options per name; only the named one is read.
         what: how errors call the thing, e.g. ``"sde"``.
+        via: the class method that builds, by its name; the constructor if None.
         **given: options from code; they win over the section's.
 
     Raises:
@@ -97,12 +150,16 @@ def build(table: Mapping[str, Any], section: Mapping[str, Any], what: str, **giv
     """
     name = section["name"]
     cls = lookup(table, name, what)
-    options = {**dict(section.get(name) or {}), **given}
-    accepted = options_of(cls)
+    make = cls if via is None else getattr(cls, via)
+    options = {**dict(section.get(section_key(name)) or {}), **given}
+    accepted = options_of(make)
     for key in options:
         if key not in accepted:
             raise ValueError(
                 f"{what} {name!r} has no option {key!r}; accepted: {', '.join(accepted) or 'none'}."
                 f"{did_you_mean(key, accepted)}"
             )
-    return cls(**options)
+    for key, inner in getattr(cls, "tables", {}).items():
+        if isinstance(options.get(key), Mapping):
+            options[key] = build(inner, options[key], f"{what}.{key}") if options[key].get("name") else None
+    return make(**options)

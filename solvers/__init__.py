@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from sde_lib import Table
 from solvers.adaptive import AdaptiveDPMSolver, AdaptiveRungeKutta
 from solvers.coordinates import COORDINATES, Angle, Coordinate, HalfLogSNR, NoiseRatio, Time
 from solvers.external import SciPyODE, TorchDiffEq, TorchSDE
@@ -64,7 +65,7 @@ from solvers.singlestep import SEEDS2, DPMpp2S, DPMpp3S, DPMppSDE, DPMSolver2, D
 from solvers.solve import as_solver, sample, solve
 from solvers.solver import Solution, Solver, SolverError, Status, Step, StepInfo
 
-SOLVERS: Mapping[str, type[Solver]] = {
+SOLVERS: Mapping[str, type[Solver]] = Table(Solver, {
     "euler_maruyama": EulerMaruyama,
     "reverse_diffusion": ReverseDiffusion,
     "ancestral": Ancestral,
@@ -99,8 +100,8 @@ SOLVERS: Mapping[str, type[Solver]] = {
     "torchdiffeq": TorchDiffEq,
     "torchsde": TorchSDE,
     "scipy": SciPyODE,
-}
-"""Name -> class. A new solver is one file and one line here."""
+})
+"""Name -> class. A new solver is one file and one line here. "module:Class" names one of your own."""
 
 __all__ = [
     "AYS_TABLES",

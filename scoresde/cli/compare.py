@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +122,10 @@ def _features(text: str | None) -> Any:
     from importlib import import_module
 
     module, _, name = text.partition(":")
-    sys.path.append(str(Path.cwd()))  # last: a file here hides nothing
     try:
         return getattr(import_module(module), name)
     except (AttributeError, ImportError, ValueError) as error:
         raise ValueError(f"--features={text} cannot be imported: {error}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
 
 
 def _numbers(flag: str, text: str, kind: type) -> list[Any]:

@@ -9,6 +9,8 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from scoresde.cli import compare, configs, convert, demo, likelihood, sample, train
+from scoresde.cli.own_code import HELP as IMPORT
+from scoresde.cli.own_code import own_code
 from scoresde.cli.processes import processes
 
 COMMANDS: Mapping[str, ModuleType] = {
@@ -44,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     for name, room in COMMANDS.items():
         p = commands.add_parser(name, help=room.HELP, description=room.HELP, **shape)
         p.set_defaults(run=room.run)
+        p.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=IMPORT)
         room.arguments(p)
     return top
 
@@ -56,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if processes() > 1 and arguments.command not in ("train", "likelihood"):
             raise ValueError("this command runs in one process: start it without torchrun.")
-        arguments.run(arguments, _joined(rest))
+        with own_code(arguments.imports):
+            arguments.run(arguments, _joined(rest))
     except KeyboardInterrupt:
         print(f"{named}: interrupted", file=sys.stderr)
         return 130

@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     import numpy as np
     import torch
 
+    from scoresde import config
     from scoresde.images import picture, save_png
     from scoresde.training import draw_samples
 
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.steps is not None:
         s.nfe = None
     if arguments.solver is not None:
-        s.solver.name = arguments.solver
+        config.use(settings, "sampling.solver", arguments.solver)
     spec = model.data_spec
     out = Path(arguments.out or Path(arguments.workdir or ".") / "samples.png")
     if out.suffix not in (".png", ".npy", ".npz"):

@@ -22,6 +22,7 @@ from scoresde.config.errors import ConfigError
 from scoresde.config.fields import check_numbers, differences, flatten
 from scoresde.config.files import ROOTS, find, known, load
 from scoresde.config.overrides import override
+from scoresde.config.sections import use
 from scoresde.config.stored import from_dict, restore, save, to_dict
 
 __all__ = [
@@ -48,4 +49,5 @@ __all__ = [
     "restore",
     "save",
     "to_dict",
+    "use",
 ]

@@ -7,25 +7,19 @@ import inspect
 import ml_collections
 from ml_collections import config_dict
 
-from scoresde.config.sections import section_of
-
-_FROM_DATA = frozenset({"shape", "num_classes"})
+from scoresde.config.sections import places
 
 
 def defaults() -> ml_collections.ConfigDict:
     """All fields with their defaults, locked: a misspelt field is an error."""
-    from scoresde.data import DATASETS
-    from scoresde.networks import NETWORKS
-    from sde_lib import SDES
-    from solvers import GRIDS, SOLVERS
-
+    at = places()
     c = ml_collections.ConfigDict()
     c.seed = 0
 
-    c.sde = section_of("vp", SDES)
+    c.sde = at["sde"].section()
     c.sde.chain = config_dict.placeholder(int)  # number of levels of a discrete chain (DDPM, SMLD); unset: the SDE
 
-    c.network = section_of("unet", NETWORKS, _FROM_DATA)
+    c.network = at["network"].section()
 
     c.model = ml_collections.ConfigDict()
     c.model.parameterization = "v"
@@ -33,7 +27,7 @@ def defaults() -> ml_collections.ConfigDict:
     c.model.sigma_data = 0.5
     c.model.input_scaling = "unit"
 
-    c.data = section_of("digits", DATASETS)
+    c.data = at["data"].section()
     c.data.shape = config_dict.placeholder(tuple)  # (C, H, W) that an experiment is for; other data are refused
 
     c.training = t = ml_collections.ConfigDict()
@@ -71,8 +65,8 @@ def defaults() -> ml_collections.ConfigDict:
     s.n = 64
     s.batch_size = 256
     s.seed = 0
-    s.solver = section_of("heun", SOLVERS)
-    s.grid = section_of("blended", GRIDS)  # the default grid everywhere; a chain has its own levels
+    s.solver = at["sampling.solver"].section()
+    s.grid = at["sampling.grid"].section()
     s.steps = 18  # ignored by adaptive solvers
     s.nfe = config_dict.placeholder(int)  # budget of network calls per sample, instead of `steps`
     s.end = "denoise"

@@ -11,6 +11,7 @@ import ml_collections
 from scoresde.config.errors import ConfigError
 from scoresde.config.stored import to_dict
 from scoresde.storage.files import one_line
+from sde_lib._checks import section_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,18 +24,15 @@ if TYPE_CHECKING:
 
 
 def build(table: Mapping[str, Any], section: ml_collections.ConfigDict, what: str, **given: Any) -> Any:
-    """`sde_lib.build` for a section: unset fields are left to the constructor.
+    """`sde_lib.build` for a section: unset fields are left to the constructor, sections in it are built, too.
 
     Raises:
         ConfigError: for an unknown name or options that the constructor refuses.
     """
     from sde_lib import build as build_entry
 
-    name = section["name"]
-    options = section.get(name)
-    plain = _set(options) if isinstance(options, ml_collections.ConfigDict) else {}
     try:
-        return build_entry(table, {"name": name, name: plain}, what, **given)
+        return build_entry(table, chosen(section), what, **given)
     except (TypeError, ValueError) as error:
         raise ConfigError(one_line(error)) from error
 
@@ -103,15 +101,14 @@ def model_config(config: ml_collections.ConfigDict, spec: DataSpec) -> dict[str,
     from scoresde.networks import NETWORKS
     from sde_lib import SDES
 
-    name = config.network.name
-    lookup_entry(NETWORKS, name, "network")
-    options = {**to_dict(config.network[name]), "shape": list(spec.shape), "num_classes": spec.num_classes}
-    sde = config.sde.name
-    lookup_entry(SDES, sde, "sde")
+    lookup_entry(NETWORKS, config.network.name, "network")
+    lookup_entry(SDES, config.sde.name, "sde")
+    network = chosen(to_dict(config.network))
+    network.setdefault(section_key(network["name"]), {}).update(shape=list(spec.shape), num_classes=spec.num_classes)
     return {
         **to_dict(config.model),
-        "network": {"name": name, name: _set(options)},
-        "sde": {"name": sde, sde: _set(to_dict(config.sde[sde]))},
+        "network": network,
+        "sde": chosen(to_dict(config.sde)),
         "levels": config.sde.chain or 0,
         "data_spec": {**asdict(spec), "shape": list(spec.shape)},
     }
@@ -137,9 +134,15 @@ def lookup_entry(table: Mapping[str, Any], name: str, what: str) -> Any:
         raise ConfigError(one_line(error)) from error
 
 
-def _set(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are set: the others are left to the constructor."""
-    return {k: v for k, v in options.items() if v is not None}
+def chosen(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The name of a section's entry and those of its options that are set: the others are left to the constructor."""
+    name = section["name"]
+    found: dict[str, Any] = {"name": name}
+    options = section.get(section_key(name))
+    if name and isinstance(options, ml_collections.ConfigDict | Mapping):
+        inner = {k: chosen(v) if isinstance(v, ml_collections.ConfigDict) else v for k, v in options.items()}
+        found[section_key(name)] = {k: v for k, v in inner.items() if v is not None}
+    return found
 
 
 def make_solver(config: ml_collections.ConfigDict) -> Solver:

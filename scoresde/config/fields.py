@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from scoresde.config.errors import ConfigError
+from sde_lib._checks import section_key
 
 
 def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -22,6 +23,7 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tup
 
 
 def plain(value: Any) -> Any:
+    """A value as JSON has it: tuples as lists, infinities as texts."""
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -49,7 +51,7 @@ def _used(config: ml_collections.ConfigDict, path: str) -> bool:
     """Whether a field lies in no sub-section of an entry that is not named."""
     here = config
     for part in path.split(".")[:-1]:
-        if "name" in here.keys() and part != here["name"]:
+        if "name" in here.keys() and part != section_key(here["name"]):
             return False
         here = here[part]
     return True
@@ -71,6 +73,7 @@ def check_field(config: ml_collections.ConfigDict, field: str) -> None:
 
 
 def no_field(config: ml_collections.ConfigDict, section: str, part: str, present: list[str]) -> str:
+    """What is said of a field that a section does not have."""
     where = f"config.{section}" if section else "config"
     near = difflib.get_close_matches(part, present, 1)
     if near:

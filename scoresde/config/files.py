@@ -13,6 +13,7 @@ from scoresde.config.defaults import defaults
 from scoresde.config.errors import ConfigError
 from scoresde.config.fields import check_field, flatten
 from scoresde.config.overrides import override
+from scoresde.config.sections import name_entries, opened
 from scoresde.config.stored import restore
 from scoresde.storage.files import one_line
 
@@ -89,7 +90,8 @@ def _execute(path: Path) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"{path}: get_config() must return a ConfigDict, got {type(config).__name__}.")
     known_fields = defaults()
-    for field, _ in flatten(config):
+    name_entries(known_fields, ((field, value) for field, value in flatten(config) if field.endswith(".name")))
+    for field, _ in flatten(opened(config)):
         check_field(known_fields, field)
     return config.lock()
 

@@ -10,19 +10,30 @@ from ml_collections.config_flags import config_flags
 
 from scoresde.config.errors import ConfigError
 from scoresde.config.fields import check_field
+from scoresde.config.sections import name_entries
 from scoresde.storage.files import one_line
 
 
 def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     """`config` with fields replaced, in the grammar of ml_collections' config_flags.
 
+    Where an entry is a class of one's own, ``--config.network.name=my_module:MyNet``, its options are under the name of
+    the class: ``--config.network.MyNet.width=32``.
+
     Raises:
         ConfigError: for an argument that is no override, a misspelt field or a value of the wrong type.
     """
+    fields = []
     for argument in overrides:
         field = _field(argument) if isinstance(argument, str) else None
         if field is None:
             raise ConfigError(f"Unknown argument {argument!r}; overrides look like --config.training.batch_size=64.")
+        fields.append((field, argument))
+    named = [(field, argument.partition("=")[2]) for field, argument in fields if field.endswith(".name")]
+    for field, _ in named:
+        check_field(config, field)
+    name_entries(config, named)
+    for field, _ in fields:
         check_field(config, field)
     if not overrides:
         return config

@@ -1,33 +1,89 @@
-"""Sections of a table: a name, and the constructor's defaults of every entry."""
+"""Sections of tables: a name, and the constructor's defaults of every entry.
+
+    c.sde.name = "vp"           which entry
+    c.sde.vp.beta_max = 20.0    options of an entry; those of entries that are not named do not count
+
+An option of an entry may be such a section itself: a class that says ``tables = {"times": TIMES}`` has the sub-section
+``times`` with a name and the options of every entry of `TIMES`.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
+from scoresde.config.errors import ConfigError
+from scoresde.config.fields import check_field
+from sde_lib import Table, lookup
+from sde_lib._checks import section_key
+
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple, "Sequence": tuple}
 
 
-def section_of(name: str, table: Mapping[str, Any], skip: Iterable[str] = ()) -> ml_collections.ConfigDict:
-    """`name`, and a sub-section of constructor defaults for every entry of a table."""
-    section = ml_collections.ConfigDict({"name": name})
-    for key, cls in table.items():
-        section[key] = ml_collections.ConfigDict()
-        for option in inspect.signature(cls).parameters.values():
-            if option.name in skip or option.kind in (option.VAR_POSITIONAL, option.VAR_KEYWORD):
+@dataclass(frozen=True)
+class Place:
+    """Where a table stands in the configuration.
+
+    Attributes:
+        table: name -> class.
+        what: how errors call an entry.
+        default: name of the entry that is chosen unless another one is.
+        given: options that come from code, so that they are no fields.
+        via: class method that builds an entry, whose options are the fields; the constructor if None.
+    """
+
+    table: Mapping[str, Any]
+    what: str
+    default: str
+    given: frozenset[str] = frozenset()
+    via: str | None = None
+
+    def section(self) -> ml_collections.ConfigDict:
+        """The section, with the defaults."""
+        section = ml_collections.ConfigDict({"name": self.default})
+        for key, cls in self.table.items():
+            section[key] = self.options(cls)
+        return section
+
+    def options(self, cls: Any) -> ml_collections.ConfigDict:
+        """The options of one class with their defaults."""
+        found, tables = ml_collections.ConfigDict(), getattr(cls, "tables", {})
+        for option in inspect.signature(getattr(cls, self.via) if self.via else cls).parameters.values():
+            if option.name in self.given or option.kind in (option.VAR_POSITIONAL, option.VAR_KEYWORD):
                 continue
-            if option.default is None or option.default is option.empty:
-                section[key][option.name] = config_dict.placeholder(kind_of(option.annotation))
+            if option.name == "name" and tables:
+                raise TypeError(f"{cls.__qualname__} has `tables`, so that no option may be called `name`.")
+            if option.name in tables:
+                found[option.name] = self.inner(cls, option.name).section()
+            elif option.default is None or option.default is option.empty:
+                found[option.name] = config_dict.placeholder(kind_of(option.annotation))
             elif isinstance(option.default, list | tuple):
-                section[key][option.name] = tuple(option.default)
+                found[option.name] = tuple(option.default)
             elif isinstance(option.default, bool | int | float | str):
-                section[key][option.name] = option.default
+                real = type(option.default) is int and kind_of(option.annotation) is float
+                found[option.name] = float(option.default) if real else option.default
             # an object as default has no place in a file: such an option is for code only
-    return section
+        return found
+
+    def inner(self, cls: Any, option: str) -> Place:
+        """The place of an option that is a section itself."""
+        table, function = cls.tables[option], getattr(cls, self.via) if self.via else cls
+        default = inspect.signature(function).parameters[option].default
+        if not isinstance(default, str):  # an object that stands for its class, or none
+            default = next((name for name, entry in table.items() if type(default) is entry), "")
+        return Place(table, f"{self.what}.{option}", default)
+
+    def lookup(self, name: Any) -> Any:
+        """The entry `name`, or a `ConfigError` that lists the names."""
+        try:
+            return lookup(self.table, name, self.what)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def kind_of(annotation: Any) -> type:
@@ -38,3 +94,103 @@ def kind_of(annotation: Any) -> type:
         if found is not None:
             return found
     return object
+
+
+def places() -> dict[str, Place]:
+    """Dotted path of a section -> the table that it is of."""
+    from scoresde.data import DATASETS
+    from scoresde.networks import NETWORKS
+    from sde_lib import SDES
+    from solvers import GRIDS, SOLVERS
+
+    return {
+        "sde": Place(SDES, "sde", "vp"),
+        "network": Place(NETWORKS, "network", "unet", frozenset({"shape", "num_classes"})),
+        "data": Place(DATASETS, "data set", "digits"),
+        "sampling.solver": Place(SOLVERS, "solver", "heun"),
+        "sampling.grid": Place(GRIDS, "grid", "blended"),  # the default everywhere; a chain has its own levels
+    }
+
+
+# --- classes of one's own ---------------------------------------------------------------------------------------------
+def own(section: ml_collections.ConfigDict, place: Place, name: str) -> None:
+    """Give a section the options of a class of one's own, "module:Class", under the name of the class.
+
+    Raises:
+        ConfigError: if it is not imported, or no class of the table's kind, or called like a field that is there.
+    """
+    cls, key = place.lookup(name), section_key(name)
+    options, there = place.options(cls), section.get(key)
+    if key == "name" or key in place.table or (there is not None and not isinstance(there, ml_collections.ConfigDict)):
+        raise ConfigError(f"The {place.what} {name!r} is called like another field here, {key!r}: rename the class.")
+    if there is None or set(there.keys()) != set(options.keys()):
+        with section.unlocked():
+            section[key] = options
+        section.lock()
+
+
+def opened(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """`config`, with the options of every class of one's own that it names.
+
+    Raises:
+        ConfigError: see `own`.
+    """
+    for path, place in places().items():
+        outer: Any = config
+        for part in path.split("."):
+            outer = outer[part]
+        for section, its_place in _within(outer, place):
+            if is_own(its_place, section["name"]):
+                own(section, its_place, section["name"])
+    return config
+
+
+def name_entries(config: ml_collections.ConfigDict, names: Iterable[tuple[str, Any]]) -> None:
+    """Set names of entries by their fields, ("network.name", "mlp"): they say which fields there are."""
+    for field, name in sorted(names, key=lambda named: named[0].count(".")):  # outer sections first
+        section: Any = config
+        for part in field.split(".")[:-1]:
+            section = section.get(part) if isinstance(section, ml_collections.ConfigDict) else None
+        if isinstance(section, ml_collections.ConfigDict) and "name" in section.keys() and isinstance(name, str):
+            section["name"] = name
+            opened(config)
+
+
+def use(config: ml_collections.ConfigDict, path: str, entry: str | type, **options: Any) -> None:
+    """Choose an entry and set options of it: ``use(config, "network", MyNet, width=32)``.
+
+    Args:
+        config: a configuration.
+        path: its section, e.g. "network", "sampling.solver".
+        entry: a name of the section's table, or a class of one's own (its name in files is "module:Class").
+        **options: of the entry; the others keep their values.
+
+    Raises:
+        ConfigError: for an unknown section, name or option, or a value of the wrong type.
+    """
+    name = entry if isinstance(entry, str) else f"{entry.__module__}:{entry.__qualname__}"
+    check_field(config, f"{path}.name")
+    name_entries(config, [(f"{path}.name", name)])
+    for option, value in options.items():
+        field = f"{path}.{section_key(name)}.{option}"
+        check_field(config, field)
+        try:
+            config.update_from_flattened_dict({field: value})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config.{field}: {error}") from error
+
+
+def _within(section: ml_collections.ConfigDict, place: Place) -> Iterator[tuple[ml_collections.ConfigDict, Place]]:
+    """A section and the sections inside the entry that it names, outer ones first."""
+    yield section, place
+    name = section["name"]
+    if name in place.table or is_own(place, name):
+        cls, options = place.lookup(name), section[section_key(name)]
+        for option in getattr(cls, "tables", {}):
+            if option in options.keys():
+                yield from _within(options[option], place.inner(cls, option))
+
+
+def is_own(place: Place, name: Any) -> bool:
+    """Whether `name` is that of a class of one's own, as far as the table allows one."""
+    return isinstance(place.table, Table) and isinstance(name, str) and ":" in name

@@ -16,8 +16,9 @@ from scoresde.networks.mlp import MLP
 from scoresde.networks.ncsn import NCSN, NCSNv2
 from scoresde.networks.presets import ADM, DDPM, NCSNpp
 from scoresde.networks.unet import UNet
+from sde_lib import Table
 
-NETWORKS: Mapping[str, type[nn.Module]] = {
+NETWORKS: Mapping[str, type[nn.Module]] = Table(nn.Module, {
     "mlp": MLP,
     "unet": UNet,
     "ncsnpp": NCSNpp,
@@ -26,8 +27,8 @@ NETWORKS: Mapping[str, type[nn.Module]] = {
     "dit": DiT,
     "ncsn": NCSN,
     "ncsnv2": NCSNv2,
-}
-"""Name -> class. A new network is one file and one line here."""
+})
+"""Name -> class. A new network is one file and one line here. "module:Class" names one of your own."""
 
 __all__ = [
     "ADM",

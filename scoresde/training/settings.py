@@ -78,7 +78,7 @@ def check_same_run(earlier: ConfigDict, config: ConfigDict, workdir: object) -> 
     bad = [field for field in configs.differences(earlier, config) if not field.startswith(free)]
     if bad:
         was, now = dict(configs.flatten(earlier)), dict(configs.flatten(config))
-        shown = ", ".join(f"{field} was {was[field]!r} and is {now[field]!r}" for field in bad[:3])
+        shown = ", ".join(f"{field} was {was.get(field)!r} and is {now.get(field)!r}" for field in bad[:3])
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ConfigError(
             f"The run in {workdir} has another configuration: {shown}{more}. Choose another --workdir, or use its "

@@ -120,7 +120,9 @@ def test_json_round_trip(tmp_path):
         ["--config.network.unet.multipliers=(1,2,3)", "--config.training.max_seconds=10", "--config.sde.chain=5"],
     )
     configs.save(c, tmp_path / "c.json")
-    json.loads((tmp_path / "c.json").read_text(), parse_constant=pytest.fail)  # strict JSON: no Infinity
+    stored = json.loads((tmp_path / "c.json").read_text(), parse_constant=pytest.fail)  # strict JSON: no Infinity
+    assert set(stored["network"]) == {"name", "unet"} and set(stored["sde"]) == {"name", "vp", "chain"}
+    assert set(stored["sampling"]["grid"]) == {"name", "blended"}  # of a table only what is chosen
     back = configs.load(str(tmp_path / "c.json"))
     assert dict(configs.flatten(back)) == dict(configs.flatten(c)) and back.is_locked
     assert back.network.unet.multipliers == (1, 2, 3) and [p.name for p in tmp_path.iterdir()] == ["c.json"]

@@ -1,0 +1,185 @@
+"""Classes of one's own by command line: a module that --import names, its options as fields, saved and read again."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from torch import nn
+
+from scoresde import config as configs
+from scoresde import load_model
+from scoresde.cli import main
+from scoresde.config import ConfigError
+from sde_lib import SDES, Table, build, lookup
+
+MODULE = '''
+import torch
+from torch import nn
+
+
+class OwnNet(nn.Module):
+    def __init__(self, shape, num_classes=0, width: int = 8, scale: float = 1):
+        super().__init__()
+        self.scale = scale
+        self.layers = nn.Sequential(nn.Linear(shape[0] + 1, width), nn.SiLU(), nn.Linear(width, shape[0]))
+
+    def forward(self, x, noise_level, *, class_label=None):
+        level = noise_level.reshape(-1, 1)
+        return self.scale * self.layers(torch.cat([x, level.expand(len(x), 1)], 1))
+'''
+TINY = ["--config.training.steps=2", "--config.training.batch_size=8", "--config.training.sample_every=0"]
+TINY += ["--config.training.tensorboard=False", "--config.training.cpu=True"]
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """The name of a module of one's own in the current folder, which is forgotten again."""
+    (tmp_path / "own_module_of_tests.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    yield "own_module_of_tests"
+    sys.modules.pop("own_module_of_tests", None)
+    assert sys.path == before
+
+
+def test_an_own_network_trains_is_saved_and_read_again_and_needs_its_import(module, tmp_path, capsys):
+    name = f"--config.network.name={module}:OwnNet"
+    call = ["train", "--config=toy_ring", "--workdir=run", *TINY, name]
+    options = ["--config.network.OwnNet.scale=0.5", "--config.network.OwnNet.width=5"]
+    assert main([*call, *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--import own_module_of_tests" in error and not (tmp_path / "run").exists()
+    assert main([*call, *options, f"--import={module}"]) == 0
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["network"]
+    assert stored == {"name": f"{module}:OwnNet", "OwnNet": {"width": 5, "scale": 0.5}}
+    network = load_model(tmp_path / "run").network
+    assert type(network).__name__ == "OwnNet" and network.scale == 0.5 and network.layers[0].out_features == 5
+
+    again = ["sample", "--workdir=run", "--out=a.npy", "--config.sampling.n=3", "--config.sampling.steps=2"]
+    sys.modules.pop(module)
+    capsys.readouterr()
+    for command in (again, ["train", "--config=run/config.json", "--workdir=run"]):
+        assert main(command) == 2  # a file does not import anything
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--import own_module_of_tests" in error and module not in sys.modules
+    assert main([*again, "--import", module]) == 0 and np.load("a.npy").shape == (3, 2)
+
+
+def test_own_classes_in_a_configuration_file_and_by_use(module, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        f"from scoresde.config import defaults, use\nimport {module}\n\n\ndef get_config():\n    c = defaults()\n"
+        f"    use(c, 'network', {module}.OwnNet, width=4)\n    return c\n"
+    )
+    sys.path.append(str(tmp_path))
+    try:
+        config = configs.load("mine.py", ["--config.network.OwnNet.scale=2"])
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert config.network.OwnNet.width == 4 and config.network.OwnNet.scale == 2.0
+    again = configs.from_dict(configs.to_dict(config))
+    assert configs.differences(config, again) == [] and again.network.OwnNet.width == 4
+    differ = ["network.OwnNet.scale", "network.OwnNet.width", "network.name"]
+    assert configs.differences(config, configs.defaults()) == differ
+    configs.use(config, "sampling.solver", "ddim", eta=0.5)
+    assert configs.make_solver(config).eta == 0.5
+    with pytest.raises(ConfigError, match="Did you mean 'eta'"):
+        configs.use(config, "sampling.solver", "ddim", et=0.5)
+    with pytest.raises(ConfigError, match="no field 'netwrk'"):
+        configs.use(config, "netwrk", "mlp")
+
+
+class Small(nn.Module):
+    """Of the tests."""
+
+
+class unet(nn.Module):
+    """Called like an entry of the table."""
+
+
+def refusals():
+    return [
+        ("nowhere_at_all:Net", "import nowhere_at_all first, or give --import nowhere_at_all"),
+        (f"{__name__}:Smal", "Did you mean 'Small'"),
+        (f"{__name__}:refusals", "it has to be a subclass of torch.nn"),
+        ("subprocess:Popen", "it has to be a subclass of torch.nn"),
+        ("os:system", "it has to be a subclass of torch.nn"),
+        (f"{__name__}:unet", "rename the class"),
+        (f"{__name__}:", "module:Class"),
+    ]
+
+
+@pytest.mark.parametrize(("name", "message"), refusals())
+def test_what_a_name_may_not_be(name, message):
+    """A file that names a function or another class of a module that is there must not get it called."""
+    with pytest.raises(ConfigError, match=message) as caught:
+        configs.from_dict({"network": {"name": name}})
+    assert "\n" not in str(caught.value)
+
+
+class Inner:
+    """An entry of a table of values."""
+
+    def __init__(self, value: float = 1.0):
+        self.value = value
+
+
+class Other(Inner):
+    """Another one."""
+
+
+INNER = Table(Inner, {"inner": Inner, "other": Other})
+
+
+class Outer:
+    """An entry whose options are entries of a table themselves."""
+
+    tables = {"times": INNER, "second": INNER}  # noqa: RUF012
+
+    def __init__(self, times: Inner | str = "inner", second: Inner | None = None, n: int = 3):
+        self.times, self.second, self.n = times, second, n
+
+
+def test_build_recurses_into_the_tables_of_a_class():
+    table = Table(Outer, {"outer": Outer})
+    inner = {"name": "other", "other": {"value": 4.0}}
+    built = build(table, {"name": "outer", "outer": {"times": inner, "second": {"name": ""}}}, "thing")
+    assert type(built.times) is Other and built.times.value == 4.0 and built.second is None
+    own = build(table, {"name": f"{__name__}:Outer", "Outer": {"times": {"name": f"{__name__}:Other"}}}, "thing")
+    assert type(own.times) is Other and own.n == 3
+    given = build(table, {"name": "outer"}, "thing", times=Inner(7.0))
+    assert given.times.value == 7.0
+    with pytest.raises(ValueError, match=r"thing\.times 'inner' has no option 'valu'.*Did you mean 'value'"):
+        build(table, {"name": "outer", "outer": {"times": {"name": "inner", "inner": {"valu": 3}}}}, "thing")
+    with pytest.raises(ValueError, match=r"Unknown thing\.times 'oter'.*Did you mean 'other'"):
+        build(table, {"name": "outer", "outer": {"times": {"name": "oter"}}}, "thing")
+    assert lookup(SDES, "vp", "sde") is SDES["vp"]
+
+
+def test_sections_in_sections(monkeypatch):
+    """Their names and options are fields; those of entries that are not named are not stored."""
+    from scoresde.config import sections
+
+    place = sections.Place(Table(Outer, {"outer": Outer}), "thing", "outer")
+    monkeypatch.setattr(sections, "places", lambda: {"thing": place})
+    config = configs.defaults()
+    with config.unlocked():
+        config.thing = place.section()
+    config.lock()
+    assert config.thing.outer.times.name == "inner" and config.thing.outer.second.name == ""
+    changed = configs.override(
+        config,
+        [
+            f"--config.thing.outer.times.name={__name__}:Other",
+            "--config.thing.outer.times.Other.value=2",
+            "--config.thing.outer.second.other.value=9",
+            "--config.thing.outer.n=5",
+        ],
+    )
+    built = configs.build(place.table, changed.thing, "thing")
+    assert type(built.times) is Other and built.times.value == 2.0 and built.second is None and built.n == 5
+    stored = configs.to_dict(changed)["thing"]
+    times = {"name": f"{__name__}:Other", "Other": {"value": 2.0}}
+    assert stored == {"name": "outer", "outer": {"times": times, "second": {"name": ""}, "n": 5}}
+    with pytest.raises(ConfigError, match="Did you mean 'times'"):
+        configs.override(config, ["--config.thing.outer.time.name=inner"])
