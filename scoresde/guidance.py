@@ -20,7 +20,7 @@ class ClassifierFreeGuidance(Wrapper):
 
     Every parameterization is affine in the score at fixed x, so mixing raw outputs mixes scores. w = 1 is the
     conditional model, w = 0 the unconditional one. Costs two network evaluations per call, which budgets (``nfe=``)
-    count. The result is the score of no density unless w is 0 or 1.
+    count. The result is the score of no density unless w is 0 or 1; then it describes what `inner` does.
 
     Source: Ho & Salimans 2022, arXiv:2207.12598, eq. 6 (their guidance weight is w - 1).
 
@@ -42,6 +42,8 @@ class ClassifierFreeGuidance(Wrapper):
         self.scale = as_number("scale", scale)
         if not math.isfinite(self.scale):
             raise ValueError(f"The guidance `scale` must be a finite number, got {scale!r}.")
+        if self.scale in (0.0, 1.0):
+            self.describes = inner.describes
         self.null = None if null is None else dict(null)
         self.nfe_per_call = 2 * inner.nfe_per_call
 
@@ -59,6 +61,10 @@ class ClassifierFreeGuidance(Wrapper):
 
 class ClipData(Wrapper):
     """Clips the data prediction to [low, high]; noise and score are derived again from the clipped data.
+
+    It describes what `inner` does. What the data prediction estimates, E[x_0 | x_t], lies between the bounds that all
+    data lie between, so that clipping only ever brings an estimate nearer: as an estimate of the same density it has a
+    likelihood, and the bound on it (`elbo`) is never looser for data within.
 
     Args:
         inner: reverse SDE.

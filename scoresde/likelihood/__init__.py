@@ -1,9 +1,11 @@
 """Likelihood through the probability-flow ODE, with an error bar, and its bounds."""
 
 from scoresde.likelihood.bits_per_dim import BitsPerDim, bits_per_dim
+from scoresde.likelihood.bound import Bound
 from scoresde.likelihood.divergence import Divergence, divergence
-from scoresde.likelihood.elbo import Bound, DataBound, elbo, elbo_of_data
-from scoresde.likelihood.log_likelihood import Likelihood, log_likelihood
+from scoresde.likelihood.elbo import elbo
+from scoresde.likelihood.elbo_of_data import DataBound, elbo_of_data
+from scoresde.likelihood.log_likelihood import log_likelihood
 from scoresde.likelihood.probes import (
     PROBES,
     BasisProbes,
@@ -14,6 +16,7 @@ from scoresde.likelihood.probes import (
     Probes,
     RademacherProbes,
 )
+from scoresde.likelihood.result import Likelihood
 
 __all__ = [
     "PROBES",

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from scoresde.data.spec import DataSpec
 from scoresde.likelihood.dequantization import Dequantization, as_dequantization, name_of
-from scoresde.likelihood.doors import check_labels, check_options
-from scoresde.likelihood.log_likelihood import Likelihood, log_likelihood
+from scoresde.likelihood.doors import check_density, check_labels, check_options
+from scoresde.likelihood.log_likelihood import log_likelihood
+from scoresde.likelihood.result import Likelihood
 from scoresde.likelihood.scores import COLUMNS, ScoreFile, fingerprint
 from scoresde.models.score_model import ScoreModel
 from scoresde.storage.models import usable_device
@@ -157,8 +158,8 @@ def bits_per_dim(
 
     Raises:
         TypeError: for an option that there is not, labels or data that are no tensor.
-        ValueError: for data that do not fit the specification, a model without one, options out of range, or a file
-            that belongs to other data or settings.
+        ValueError: for data that do not fit the specification, a model without one or of no density, options out of
+            range, or a file that belongs to other data or settings.
     """
     if devices is not None:
         if isinstance(devices, str) or not devices:
@@ -205,6 +206,7 @@ def _check(
 ) -> tuple[DataSpec, SDE]:
     if not isinstance(model, ScoreModel):
         raise TypeError(f"bits_per_dim needs a ScoreModel, got {type(model).__name__} (see log_likelihood).")
+    check_density("bits_per_dim", model.reverse())
     spec = model.data_spec
     if spec is None:
         raise ValueError("bits_per_dim needs a model with a data_spec: shape, scaling and levels of the data.")

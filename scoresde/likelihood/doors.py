@@ -1,4 +1,4 @@
-"""What scorings of data sets refuse: labels that do not fit, and options that what they call does not have."""
+"""What likelihoods and scorings of data sets refuse: what is no density, labels that do not fit, unknown options."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scoresde.data.spec import DataSpec
 from sde_lib._checks import did_you_mean, options_of
+from sde_lib.reverse import Reverse
 
 
 def check_labels(spec: DataSpec, labels: Any, n: int) -> None:
@@ -21,6 +22,25 @@ def check_labels(spec: DataSpec, labels: Any, n: int) -> None:
         raise TypeError(f"`labels` must be a tensor of shape ({n},), got {type(labels).__name__}.")
     if labels.shape != (n,):
         raise ValueError(f"`labels` must have shape ({n},), got {tuple(labels.shape)}.")
+
+
+NO_DENSITY = {
+    "guided": (
+        "this is a guided field, which is the score of none: score the model without its guidance, "
+        "model.reverse(condition)"
+    ),
+    "map": (
+        "this is a map from noise to data, which makes samples and has no score: score a model of the density, such as "
+        "the one it was distilled from, or judge its samples"
+    ),
+}
+"""`Reverse.describes` -> why there is no likelihood, and what to do."""
+
+
+def check_density(asked: str, rev: Reverse) -> None:
+    """Raise ValueError, with why and what to do, for a reverse that `asked` is not defined for: no density's."""
+    if rev.describes != "density":
+        raise ValueError(f"{asked} needs the score of a density, and {NO_DENSITY[rev.describes]}.")
 
 
 def check_options(scoring: str, function: Callable[..., Any], given: Mapping[str, Any], own: Collection[str]) -> None:

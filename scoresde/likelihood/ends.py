@@ -13,11 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scoresde.likelihood.divergence import EXACT_UP_TO
 from scoresde.likelihood.path import Groups, evaluate
+from scoresde.likelihood.settings import Settings
 from sde_lib import SDE, Knot, Prediction, ReverseSDE
+from solvers.noise import Draw
 
 SECOND_ORDER = 2.0
 """The bar of a correction in units of its second-order term: where the series converges, that and no more is left."""
+ISOTROPIC = 4
+"""Sign vectors for the size of the prior's second-order terms in many dimensions, where each tells its norm well."""
 
 
 @dataclass
@@ -29,6 +34,29 @@ class Term:
 
     def at(self, trace: Tensor) -> Tensor:
         return self.constant + self.slope * trace
+
+
+def terms(rev: ReverseSDE, settings: Settings, first: Prediction, last: Prediction) -> tuple[Term, Term]:
+    """Truncation and prior mismatch by the predictions at both ends, up to the traces there."""
+    return _truncation(first), _mismatch(rev, last, settings.law.prior_std, settings.prior is not None)
+
+
+def remainder(
+    rev: ReverseSDE, settings: Settings, first: Prediction, last: Prediction, draw: Draw
+) -> tuple[Tensor, int, int]:
+    """A bound on what the corrections leave, (B,), and the network calls and products that it took."""
+    x, calls, products = first.x.detach(), 0, 0
+    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    with torch.no_grad():
+        if "truncation" in settings.correct:
+            group = None if settings.exact else [settings.group(draw, "remainder")]
+            total = total + _truncation_remainder(rev, settings.law, first, group, settings.chunk)
+            calls, products = calls + 3, products + 3 * settings.products(x.shape[1:], 1)
+        if "prior" in settings.correct and settings.prior is None and float(last.knot.alpha) > 0.0:
+            vectors = _isotropic(x, draw)
+            total = total + _mismatch_remainder(rev, last, settings.law.prior_std, vectors)
+            calls, products = calls + 3, products + 2 * len(vectors)
+    return total, calls, products
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -47,7 +75,7 @@ def _heat(prediction: Prediction) -> Term:
     return Term(0.5 * (sigma * a * d - _rows(noise.square())), 0.5 * sigma * b)
 
 
-def truncation(first: Prediction) -> Term:
+def _truncation(first: Prediction) -> Term:
     """log p_0(x) - log p_t(x) to first order in sigma^2; see `log_likelihood`."""
     heat, knot = _heat(first), first.knot
     alpha, sigma = float(knot.alpha), float(knot.sigma)
@@ -56,7 +84,7 @@ def truncation(first: Prediction) -> Term:
     return Term(heat.constant + moved, heat.slope)
 
 
-def truncation_remainder(rev: ReverseSDE, law: SDE, first: Prediction, group: Groups, chunk: int) -> Tensor:
+def _truncation_remainder(rev: ReverseSDE, law: SDE, first: Prediction, group: Groups, chunk: int) -> Tensor:
     r"""Size of what a correction for truncation leaves, (B,): `SECOND_ORDER` times its next two terms.
 
     By three more calls with a trace, at x as data under 1, 2 and 4 times the noise variance of t_min. The correction is
@@ -87,7 +115,7 @@ def _gradient(prediction: Prediction, std: float) -> tuple[float, float]:
     return alpha / std**2, (sigma**2 - std**2) / (sigma * std**2)
 
 
-def mismatch(rev: ReverseSDE, last: Prediction, std: float, known: bool) -> Term:
+def _mismatch(rev: ReverseSDE, last: Prediction, std: float, known: bool) -> Term:
     """log p_T - log prior at the latent, for data small beside the noise; see `log_likelihood`."""
     z, d = last.x, last.x[0].numel()
     if known or float(last.knot.alpha) == 0.0:
@@ -100,7 +128,7 @@ def mismatch(rev: ReverseSDE, last: Prediction, std: float, known: bool) -> Term
     return Term(rise - norm, -0.5 * std**2 * b)
 
 
-def mismatch_remainder(rev: ReverseSDE, last: Prediction, std: float, probes: Sequence[Tensor]) -> Tensor:
+def _mismatch_remainder(rev: ReverseSDE, last: Prediction, std: float, probes: Sequence[Tensor]) -> Tensor:
     r"""Size of what a correction for the prior leaves, (B,): `SECOND_ORDER` times its second-order terms.
 
     Where rho is quadratic with Hessian H, the norm of p_T is known to first order in H; the next terms are
@@ -109,7 +137,7 @@ def mismatch_remainder(rev: ReverseSDE, last: Prediction, std: float, probes: Se
     the trace of H, which the norm wants as it is at 0, is not the one at the latent. Three calls, two with products.
 
     Args:
-        rev, last, std: as in `mismatch`, at an alpha above 0.
+        rev, last, std: as in `_mismatch`, at an alpha above 0.
         probes: vectors v, (B, *D), with :math:`E[v v^T] = I`: :math:`\|H\|_F^2 = E |H^T v|^2`,
             :math:`\mathrm{tr} H = E[v^T H v]`. The unit vectors times :math:`\sqrt{D}` make both exact.
     """
@@ -134,3 +162,12 @@ def _hessian(
         gradient = rev(z, knot).mix(*weights)
         products = [torch.autograd.grad(gradient, z, v, retain_graph=True)[0] for v in probes]
     return gradient.detach(), products
+
+
+def _isotropic(x: Tensor, draw: Draw) -> list[Tensor]:
+    """Vectors with E[v v^T] = I: all units times sqrt(D) in few dimensions, a few of signs in many."""
+    d = x[0].numel()
+    if d > EXACT_UP_TO:
+        return [torch.where(draw.normal("prior remainder", k) >= 0, 1.0, -1.0).to(x) for k in range(ISOTROPIC)]
+    units = math.sqrt(d) * torch.eye(d, dtype=x.dtype, device=x.device)
+    return [unit.reshape(x.shape[1:]).expand_as(x) for unit in units]

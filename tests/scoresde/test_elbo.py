@@ -8,7 +8,9 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from scoresde import SDES, VPSDE, DataSpec, GaussianMixture, ScoreModel, elbo, elbo_of_data, log_likelihood
-from scoresde.likelihood.elbo import _decoded, _from_neighbours, _Run, _softmax, _step_kl
+from scoresde.likelihood.bound import Run, Variances
+from scoresde.likelihood.bound_chain import log_decoder, step_kl
+from scoresde.likelihood.bound_sde import log_softmax
 from sde_lib import VESDE, FlowSDE, ReverseSDE
 from solvers import PerSample
 
@@ -77,11 +79,11 @@ def test_every_level_counts_once_in_the_error():
     for m in (2, 3, 4, 5, 6, 7, 9, 12):
         std = torch.exp(1.5 * torch.randn(m, generator=g, dtype=torch.float64))
         kl = std[:, None] * torch.randn(m, 40000, generator=g, dtype=torch.float64)
-        variances = _from_neighbours(kl).values.sum(0)
+        variances = Variances.from_neighbours(kl).values.sum(0)
         # relative error of a mean of 40000 squares of normals: at most sqrt(2 / 40000)
         assert abs(float(variances.mean() / std.square().sum()) - 1.0) < 4 * math.sqrt(2 / 40000)
     slope = torch.arange(8.0, dtype=torch.float64)[:, None] * 3.0 + 1.0
-    assert float(_from_neighbours(slope).values.sum()) < 1e-20
+    assert float(Variances.from_neighbours(slope).values.sum()) < 1e-20
 
 
 def test_a_wrong_score_costs_its_kl():
@@ -161,11 +163,11 @@ def test_decoders_are_laws_of_the_levels():
     chain = VPSDE().discretize(50)
     for state in (-30.0, -0.3, 0.0, 0.9, 4.0):
         y = torch.full_like(middles, state)
-        torch.testing.assert_close(_softmax(SPEC, y, middles, 0.05).exp().sum(), torch.tensor(1.0).double())
+        torch.testing.assert_close(log_softmax(SPEC, y, middles, 0.05).exp().sum(), torch.tensor(1.0).double())
         prediction = LINE.reverse(chain)(y, chain.knot(torch.zeros(16, dtype=torch.int64), 2))
-        run = _Run(LINE.reverse(chain), middles, None, SPEC, 0.0, 16)
+        run = Run(LINE.reverse(chain), middles, None, SPEC, 0.0, 16)
         for variance in ("small", "large", lambda v, k: torch.full_like(v, -3.0)):
-            got = _decoded(run, chain, prediction, torch.zeros_like(y), variance)
+            got = log_decoder(run, chain, prediction, torch.zeros_like(y), variance)
             assert torch.isfinite(got).all() or state == -30.0
             torch.testing.assert_close(got.exp().sum(), torch.tensor(1.0).double())
 
@@ -183,10 +185,10 @@ def test_steps_are_the_kl_of_gaussians():
         c, s = float(chain.posterior_x_0[i]), float(chain.posterior_std[i])
         true = Normal(chain.posterior_x_t[i] * prediction.x + c * x, s)
         mean = chain.posterior_x_t[i] * prediction.x + c * prediction.data
-        run, eps = _Run(rev, x, None, None, 0.0, 16), torch.full_like(x, 0.3)
+        run, eps = Run(rev, x, None, None, 0.0, 16), torch.full_like(x, 0.3)
         for variance, std in (("small", s), ("large", float(chain.betas[i].sqrt())), (lambda v, k: 0 * v - 4.0, 0.5)):
             want = kl_divergence(true, Normal(mean, std if isinstance(variance, str) else math.exp(-2.0))).sum(1)
-            torch.testing.assert_close(_step_kl(run, chain, prediction, eps, variance), want)
+            torch.testing.assert_close(step_kl(run, chain, prediction, eps, variance), want)
 
 
 def test_the_bound_of_ddpm_written_out():

@@ -427,6 +427,18 @@ def test_one_bar_for_everything():
         result.trace_bar(95)
 
 
+def test_corrections_take_one_seed_per_sample():
+    """In more dimensions than have an exact trace, where what is left of the prior's term has probes of its own, too: a
+    sample is the same alone and among others."""
+    data = mixture((5, 5))
+    x = data.sample(3, torch.Generator().manual_seed(1), torch.float64)
+    options = {"steps": 8, "correct": ["prior", "truncation"]}
+    together = log_likelihood(data.reverse(VPSDE()), x, rng=[4, 5, 6], **options)
+    alone = log_likelihood(data.reverse(VPSDE()), x[1:2], rng=[5], **options)
+    assert bool((together.remainder > 0).all())
+    torch.testing.assert_close(alone.remainder, together.remainder[1:2])
+
+
 def test_the_adaptive_tolerance_is_that_of_log_p():
     """A linear score that ripples in lambda, so that log p is an integral over lambda known to 1e-9: the errors of some
     hundred steps add up to 2 to 13 times the tolerance of one, while the result is within the one asked for."""
