@@ -12,6 +12,7 @@ from torch import Tensor
 from sde_lib import Knot
 from sde_lib import _math as m
 from sde_lib._math import Real
+from solvers import counter
 from solvers.exponential import rescaled
 
 
@@ -131,10 +132,10 @@ class _IndependentDraw(Draw):
 class PerSample(Noise):
     """One seed per sample: sample i draws the same noise whatever the batch it is in.
 
-    Normals come from a counter-based generator (the splitmix64 finalizer of Steele et al. 2014 over (seed, key,
-    element), then Box-Muller): a function of its arguments, the same on every device up to rounding, with no loop over
-    samples and nothing that waits for a device, so that runs on it compile and can be captured. (Seeds that are no
-    regular sequence are copied to the device by `bind`: call it before a capture.) An interval asked for again within a
+    Normals come from a counter-based generator (`solvers.counter`): a function of (seed, key, element), the same on
+    every device up to rounding, with no loop over samples and nothing that waits for a device, so that runs on it
+    compile and can be captured. (Seeds that are no regular sequence are copied to the device by `bind`: call it before
+    a capture.) An interval asked for again within a
     run gives fresh noise: how often it was asked for is part of its key (where every sample has times of its own, a
     solver that repeats them must `fork`). In float32 the uniforms have 24 bits, as torch's own, and tails end at 6.0
     standard deviations; in float64 32 bits and 6.7.
@@ -155,10 +156,10 @@ class PerSample(Noise):
 
 
 class _PerSampleDraw(Draw):
-    def __init__(self, seeds: Sequence[int], x: Tensor, streams: Tensor | None = None) -> None:
+    def __init__(self, seeds: Sequence[int], x: Tensor, lanes: Tensor | None = None) -> None:
         self.like, self.n = x, x[0].numel()
-        self.streams = _streams(seeds, x.device) if streams is None else streams
-        self.counter = torch.arange((self.n + 1) // 2, dtype=torch.int64, device=x.device) * _signed(_WEYL)
+        self.lanes = counter.lanes_of(seeds, x.device) if lanes is None else lanes
+        self.places = counter.places((self.n + 1) // 2, x.device)
         self.seeds = seeds
         self.asked: dict[Any, int] = {}
         self.asked_before: dict[Any, int] = {}
@@ -172,53 +173,37 @@ class _PerSampleDraw(Draw):
         return self.normal("interval", *interval, *([before] if before else []))
 
     def normal(self, *key: Any) -> Tensor:
-        return self.normals(self.streams + _key(*key)).reshape(self.like.shape).to(_floating(self.like))
+        z = counter.normals(self.lanes + counter.key(*key), self.n, _floating(self.like), self.places)
+        return z.reshape(self.like.shape)
 
     def uniform(self, *key: Any) -> Tensor:
-        bits = self._bits(self.streams + _key("uniform", *map(_number, key)))
-        # both halves of every word: 32 bits each, of which the upper ones that the dtype holds are kept (24 in float32,
-        # 11 in float16), so that none is rounded up to 1
-        dtype = _floating(self.like)
-        kept = min(32, 1 - int(math.log2(torch.finfo(dtype).eps)))
-        halves = (bits.view(torch.int32).long() >> (32 - kept)) + 2 ** (kept - 1)
-        flat = halves.to(torch.promote_types(dtype, torch.float32)) * 2.0**-kept
-        return flat[..., : self.n].reshape(self.like.shape).to(dtype)
+        lanes = self.lanes + counter.key("uniform", *map(_number, key))
+        return counter.uniforms(lanes, self.n, _floating(self.like), self.places).reshape(self.like.shape)
 
     def integer(self) -> int:
         total = 0
         for seed in self.seeds:
-            total = _mix(total ^ _mix(seed))
+            total = counter.mix(total ^ counter.mix(seed))
         return total >> 2
 
     def fork(self, *key: Any) -> Draw:
-        return self._again(_mix_tensor(self.streams ^ _key("fork", *map(_number, key))))
+        return self._again(counter.mix_tensor(self.lanes ^ counter.key("fork", *map(_number, key))))
 
     def begin(self) -> None:
         self.asked_before = dict(self.asked)
 
     def restart(self) -> Draw:
-        again = self._again(self.streams)
+        again = self._again(self.lanes)
         again.asked, again.asked_before = dict(self.asked_before), dict(self.asked_before)
         return again
 
-    def _again(self, streams: Tensor) -> _PerSampleDraw:
-        return _PerSampleDraw(self.seeds, self.like, streams)
+    def _again(self, lanes: Tensor) -> _PerSampleDraw:
+        return _PerSampleDraw(self.seeds, self.like, lanes)
 
-    def _bits(self, streams: Tensor) -> Tensor:
-        """64 random bits per two numbers, (*streams.shape, (n + 1) // 2) int64."""
-        return _mix_tensor(streams[..., None] + self.counter)
-
-    def normals(self, streams: Tensor) -> Tensor:
-        """Standard normals (*streams.shape, n) in float64 for a float64 state and float32 for others."""
-        bits = self._bits(streams)
+    def normals(self, lanes: Tensor) -> Tensor:
+        """Standard normals (*lanes.shape, n) in float64 for a float64 state and float32 for others."""
         dtype = torch.float64 if self.like.dtype == torch.float64 else torch.float32
-        # both halves of every word at once, as signed integers: uniform on [-1/2, 1/2)
-        halves = bits.view(torch.int32).to(dtype).mul_(2.0**-32).reshape(*bits.shape, 2)
-        floor = 2.0**-33 if dtype == torch.float64 else 2.0**-26  # half the smallest step, instead of log 0
-        radius = (halves[..., 0] + 0.5).clamp_(min=floor).log_().mul_(-2.0).sqrt_()
-        angle = halves[..., 1] * (2.0 * math.pi)
-        flat = torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], -1)
-        return flat if flat.shape[-1] == self.n else flat[..., : self.n]
+        return counter.normals(lanes, self.n, dtype, self.places)
 
 
 def _floating(like: Tensor) -> torch.dtype:
@@ -228,7 +213,7 @@ def _floating(like: Tensor) -> torch.dtype:
 
 def _number(part: Any) -> Any:
     """A word inside a key as a number."""
-    return _word(part) % 2**53 if isinstance(part, str) else part
+    return counter.word(part) % 2**53 if isinstance(part, str) else part
 
 
 class BrownianPath(Noise):
@@ -255,7 +240,10 @@ class BrownianPath(Noise):
         self.seeds = seeds
 
     def bind(self, x: Tensor) -> Draw:
-        seeds = [_mix(self.seeds) + i for i in range(len(x))] if isinstance(self.seeds, int) else list(self.seeds)
+        seeds = self.seeds
+        if isinstance(seeds, int):
+            first = counter.mix(seeds)
+            seeds = range(first, first + len(x))
         if len(seeds) != len(x):
             raise ValueError(f"Need one seed per sample: got {len(seeds)} seeds for a batch of {len(x)}.")
         return _PathDraw(_PerSampleDraw(seeds, x))
@@ -309,15 +297,15 @@ class _PathDraw(Draw):
 
     def _normals(self, keys: Sequence[int | Tensor]) -> Sequence[Tensor] | Tensor:
         """One draw per key; float64 for a float64 state, else float32. Small ones in one pass."""
-        streams = [self.draw.streams + key for key in keys]
+        lanes = [self.draw.lanes + key for key in keys]
         if self.like.numel() > _SMALL:
-            return [self.draw.normals(stream).reshape(self.like.shape) for stream in streams]
-        return self.draw.normals(torch.stack(streams)).reshape(len(keys), *self.like.shape)
+            return [self.draw.normals(lane).reshape(self.like.shape) for lane in lanes]
+        return self.draw.normals(torch.stack(lanes)).reshape(len(keys), *self.like.shape)
 
     def _at(self, lam: Real) -> Tensor:
         """The path at lambda; on a fixed grid the last two values are remembered."""
         if self.ends is None:
-            low, high = self._normals([_key("low"), _key("high")])
+            low, high = self._normals([counter.key("low"), counter.key("high")])
             w_low = math.exp(-_REACH) * low
             self.ends = w_low, w_low + math.sqrt(math.exp(2.0 * _REACH) - math.exp(-2.0 * _REACH)) * high
         if isinstance(lam, Tensor):
@@ -343,8 +331,8 @@ class _PathDraw(Draw):
         known = 0
         while known < len(self.branch) and self.branch[known].place == middles[known][1]:
             known += 1
-        fresh: list[int | Tensor] = [_key("tree", level, middles[level][1]) for level in range(known, _DEPTH)]
-        z = self._normals([*fresh, _key("leaf", index)])
+        fresh: list[int | Tensor] = [counter.key("tree", level, middles[level][1]) for level in range(known, _DEPTH)]
+        z = self._normals([*fresh, counter.key("leaf", index)])
         tau_low, tau_high = math.exp(-2.0 * _REACH), math.exp(2.0 * _REACH)
         branch = self.branch[:known]
         for level in range(_DEPTH + 1):
@@ -377,7 +365,7 @@ class _PathDraw(Draw):
             middle = lam if leaf else 0.5 * (low + high)
             tau = m.exp(2.0 * middle)
             share = (tau - tau_low) / (tau_high - tau_low)
-            z = self._normals([_key("leaf", index) if leaf else _key("tree", level, index)])[0]
+            z = self._normals([counter.key("leaf", index) if leaf else counter.key("tree", level, index)])[0]
             w = rescaled(w_low, 1.0 - share) + rescaled(w_high, share) + rescaled(z, m.sqrt(share * (tau_high - tau)))
             up = lam >= middle
             low, high = torch.where(up, middle, low), torch.where(up, high, middle)
@@ -466,74 +454,3 @@ def as_draw(rng: Rng, x: Tensor) -> Draw:
         "`rng` must be an int, a list of ints (one per sample), a torch.Generator or a Noise, "
         f"got {type(rng).__name__}."
     )
-
-
-# --- counter-based bits: splitmix64's finalizer on Python ints and on int64 tensors (which wrap around) -------------
-_WEYL, _M1, _M2, _MASK = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, (1 << 64) - 1
-_ROUNDS = ((30, _MASK >> 30, _M1), (27, _MASK >> 27, _M2), (31, _MASK >> 31, None))
-
-
-def _mix(z: int) -> int:
-    z = (z + _WEYL) & _MASK
-    z = ((z ^ (z >> 30)) * _M1) & _MASK
-    z = ((z ^ (z >> 27)) * _M2) & _MASK
-    return z ^ (z >> 31)
-
-
-def _signed(z: int) -> int:
-    z &= _MASK
-    return z - (1 << 64) if z >> 63 else z
-
-
-def _mix_tensor(z: Tensor) -> Tensor:
-    z = z + _signed(_WEYL)
-    for shift, mask, factor in _ROUNDS:
-        z ^= (z >> shift).bitwise_and_(mask)  # a logical shift: int64's own carries the sign along
-        if factor is not None:
-            z *= _signed(factor)
-    return z
-
-
-def _streams(seeds: Sequence[int], device: torch.device) -> Tensor:
-    """The mixed seeds, (B,). A regular sequence, such as a range, is counted on the device: a list would be copied
-    there, which waits for it and is refused while a CUDA graph is captured."""
-    step = seeds[1] - seeds[0] if len(seeds) > 1 else 0
-    if all(seeds[i + 1] - seeds[i] == step for i in range(len(seeds) - 1)):
-        places = torch.arange(len(seeds), dtype=torch.int64, device=device)
-        return _mix_tensor(places * _signed(step) + _signed(seeds[0]))
-    return torch.tensor([_signed(_mix(s)) for s in seeds], dtype=torch.int64).to(device)
-
-
-def _key(word: str, *values: Any) -> int | Tensor:
-    """A 64-bit hash of a word and numbers; a (B,) tensor if a number is per sample.
-
-    Plain integer arithmetic, which a compiler can follow.
-    """
-    key: int | Tensor = _WORDS.get(word) or _word(word)
-    for value in values:
-        if isinstance(value, Tensor):
-            mantissa, exponent = torch.frexp(value.reshape(-1).double())
-            whole = (mantissa * 2.0**53).long()
-            key = _mix_tensor((_signed(key) if isinstance(key, int) else key) ^ whole)
-            key = _mix_tensor(key ^ exponent.long())
-            continue
-        number = float(value)
-        if math.isinf(number):
-            parts = (1 if number > 0 else -1, 4096)
-        else:
-            share, power = math.frexp(number)
-            parts = (int(share * 2.0**53), power)
-        for part in parts:
-            key = _mix(key ^ (part & _MASK)) if isinstance(key, int) else _mix_tensor(key ^ part)
-    return _signed(key) if isinstance(key, int) else key
-
-
-def _word(word: str) -> int:
-    """FNV-1a."""
-    h = 0xCBF29CE484222325
-    for byte in word.encode():
-        h = ((h ^ byte) * 0x100000001B3) & _MASK
-    return h
-
-
-_WORDS = {word: _word(word) for word in ("interval", "tree", "leaf", "corrector", "fork", "uniform")}

@@ -74,7 +74,7 @@ def test_a_range_of_seeds_is_counted_on_the_device():
         assert torch.equal(counted, copied)
     with waits() as seen:
         PerSample([4, 1, 3]).bind(x)
-    assert len(seen) == 1 and "noise.py" in seen[0]
+    assert len(seen) == 1 and "counter.py" in seen[0]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
