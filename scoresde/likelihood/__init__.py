@@ -1,6 +1,7 @@
 """Likelihood through the probability-flow ODE, with an error bar, and its bounds."""
 
-from scoresde.likelihood.bits_per_dim import BitsPerDim, bits_per_dim
+from scoresde.likelihood.bits import BitsPerDim
+from scoresde.likelihood.bits_per_dim import bits_per_dim
 from scoresde.likelihood.bound import Bound
 from scoresde.likelihood.divergence import Divergence, divergence
 from scoresde.likelihood.elbo import elbo

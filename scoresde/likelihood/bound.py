@@ -146,6 +146,7 @@ class Variances:
 
 
 def as_bound(run: Run, parts: tuple[Tensor, Tensor, Tensor], variances: Variances, nfe: int, what: str) -> Bound:
+    """The bound of its parts (reconstruction, diffusion, prior), (B,) each, and its scatter, on the CPU."""
     reconstruction, diffusion, prior = (p.cpu() for p in parts)
     nats = reconstruction + diffusion + prior
     calls = torch.full(nats.shape, nfe * run.rev.nfe_per_call, dtype=torch.int64)

@@ -18,6 +18,7 @@ Variance = str | Callable[[Tensor, Knot], Tensor]
 
 
 def bound_of_chain(run: Run, chain: Chain, times: int | None, draws: int, variance: Variance) -> Bound:
+    """`elbo` on a chain."""
     x, b = run.x, len(run.x)
     zero = torch.zeros(b, dtype=torch.int64, device=x.device)
     m = chain.n - 1

@@ -13,6 +13,7 @@ from sde_lib import SDE, Knot
 
 
 def bound_of_sde(run: Run, law: SDE, times: int, draws: int) -> Bound:
+    """`elbo` on an SDE."""
     x, b = run.x, len(run.x)
     first, last = law.knot(law.t_min), law.knot(law.drift_t_max)
     span = float(first.half_log_snr) - float(last.half_log_snr)

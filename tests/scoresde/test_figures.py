@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scoresde import DataSpec, demo
 from scoresde.comparison.pictures import increasing
 from scoresde.figures import COLOURS, LINES, STYLE, image_rows, panels, plain_ticks, point_panels, samples_picture
-from scoresde.likelihood.bits_per_dim import BitsPerDim
+from scoresde.likelihood.bits import BitsPerDim
 from scoresde.likelihood.pictures import Convergence, budget, histogram
 
 SPEC = DataSpec.integers((1, 8, 8), 17)
