@@ -86,6 +86,7 @@ class Table(dict[str, type[T]]):
     def __init__(self, base: type, entries: Mapping[str, type[T]]) -> None:
         super().__init__(entries)
         self.base = base
+        _NAMES.update((cls, name) for name, cls in entries.items())
 
     def own(self, name: str, what: str) -> type[T]:
         """The class "module:Class"."""
@@ -103,6 +104,14 @@ class Table(dict[str, type[T]]):
             base = f"{self.base.__module__}.{self.base.__qualname__}"
             raise ValueError(f"{name} is no {what}: it has to be a subclass of {base}.")
         return cast("type[T]", found)
+
+
+_NAMES: dict[type, str] = {}
+
+
+def name_of(cls: type) -> str:
+    """The name of a class in the table that it stands in; its own name if it stands in none."""
+    return _NAMES.get(cls, cls.__name__)
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:

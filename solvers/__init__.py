@@ -1,8 +1,5 @@
 """Numerical solvers of the reverse SDE and of the probability-flow ODE. Needs `sde_lib` only."""
 
-from collections.abc import Mapping
-
-from sde_lib import Table
 from solvers.adaptive import AdaptiveDPMSolver, AdaptiveRungeKutta
 from solvers.coordinates import COORDINATES, Angle, Coordinate, HalfLogSNR, NoiseRatio, Time
 from solvers.external import SciPyODE, TorchDiffEq, TorchSDE
@@ -64,44 +61,7 @@ from solvers.runge_kutta import (
 from solvers.singlestep import SEEDS2, DPMpp2S, DPMpp3S, DPMppSDE, DPMSolver2, DPMSolver3, SingleStep
 from solvers.solve import as_solver, sample, solve
 from solvers.solver import Solution, Solver, SolverError, Status, Step, StepInfo
-
-SOLVERS: Mapping[str, type[Solver]] = Table(Solver, {
-    "euler_maruyama": EulerMaruyama,
-    "reverse_diffusion": ReverseDiffusion,
-    "ancestral": Ancestral,
-    "ddim": DDIM,
-    "er_sde": ERSDE,
-    "predictor_corrector": PredictorCorrector,
-    "recommended": Recommended,
-    "heun": Heun,
-    "midpoint": Midpoint,
-    "ralston": Ralston,
-    "rk4": RK4,
-    "bogacki_shampine": BogackiShampine,
-    "dormand_prince": DormandPrince,
-    "tsitouras": Tsitouras,
-    "dpm_solver_2": DPMSolver2,
-    "dpm_solver_3": DPMSolver3,
-    "dpmpp_2s": DPMpp2S,
-    "dpmpp_3s": DPMpp3S,
-    "dpmpp_2m": DPMpp2M,
-    "dpmpp_3m": DPMpp3M,
-    "deis": DEIS,
-    "lms": LinearMultistep,
-    "unipc": UniPC,
-    "dpmpp_sde": DPMppSDE,
-    "seeds_2": SEEDS2,
-    "sde_dpmpp_2m": SDEDPMpp2M,
-    "sde_dpmpp_3m": SDEDPMpp3M,
-    "sa_solver": SASolver,
-    "adaptive": AdaptiveRungeKutta,
-    "adaptive_dpm_solver": AdaptiveDPMSolver,
-    "gotta_go_fast": GottaGoFast,
-    "torchdiffeq": TorchDiffEq,
-    "torchsde": TorchSDE,
-    "scipy": SciPyODE,
-})
-"""Name -> class. A new solver is one file and one line here. "module:Class" names one of your own."""
+from solvers.table import SOLVERS
 
 __all__ = [
     "AYS_TABLES",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sde_lib import Knot, Law
+from sde_lib import Knot, Law, Table
 from sde_lib import _math as m
 from sde_lib._checks import check_positive
 from sde_lib._math import Real
@@ -132,10 +132,10 @@ class Angle(Coordinate):
         return law.knot_at(-m.log(m.tan(u) * self.sigma_data))
 
 
-COORDINATES: Mapping[str, type[Coordinate]] = {
+COORDINATES: Mapping[str, type[Coordinate]] = Table(Coordinate, {
     "time": Time,
     "noise_ratio": NoiseRatio,
     "half_log_snr": HalfLogSNR,
     "angle": Angle,
-}
+})
 """Name -> class."""

@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sde_lib import Knot, Law, ReverseSDE, lookup
+from sde_lib import Knot, Law, ReverseSDE, Table, lookup
 from sde_lib._checks import check_positive
 from sde_lib._math import Real
 from solvers.noise import Draw
+from solvers.predictors import PREDICTORS
 from solvers.solver import Past, Solver, Step, without_ahead
 
 NORMS = ("sample", "batch")
@@ -113,16 +114,11 @@ class AnnealedLangevin(Corrector):
         return 2.0 * shrink * (self.snr * at.sigma) * (self.snr * at.sigma)
 
 
-CORRECTORS: Mapping[str, type[Corrector]] = {"langevin": Langevin, "annealed_langevin": AnnealedLangevin}
+CORRECTORS: Mapping[str, type[Corrector]] = Table(Corrector, {
+    "langevin": Langevin,
+    "annealed_langevin": AnnealedLangevin,
+})
 """Name -> class."""
-
-
-def predictors() -> Mapping[str, type[Solver]]:
-    """Name -> class of what may predict: every fixed-step solver of the table that has a step of its own."""
-    from solvers import SOLVERS  # the table holds this module's class too
-
-    own = {name: cls for name, cls in SOLVERS.items() if not cls.adaptive and cls is not PredictorCorrector}
-    return {name: cls for name, cls in own.items() if cls.step is not Solver.step}
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ class PredictorCorrector(Solver):
     def __post_init__(self) -> None:
         predictor, corrector = (None if part == "none" else part for part in (self.predictor, self.corrector))
         if isinstance(predictor, str):
-            predictor = lookup(predictors(), predictor, "predictor")()
+            predictor = lookup(PREDICTORS, predictor, "predictor")()
         if isinstance(corrector, str):
             corrector = lookup(CORRECTORS, corrector, "corrector")(snr=self.snr, steps=self.corrector_steps)
         if predictor is not None and (not isinstance(predictor, Solver) or predictor.adaptive):

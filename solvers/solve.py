@@ -14,6 +14,7 @@ from solvers.grids import Grid, GridLike, default_grid, make_knots
 from solvers.noise import Draw, Rng, as_draw
 from solvers.progress import Bar, Ticking
 from solvers.solver import Callback, Hooks, Outcome, Project, Solution, Solver, SolverError, Status
+from solvers.table import SOLVERS
 
 
 def solve(
@@ -156,8 +157,6 @@ def as_solver(solver: Any) -> Solver:
         TypeError: for anything else, a class among it.
     """
     if isinstance(solver, str):
-        from solvers import SOLVERS  # the table holds every class, and some of them drive solvers of their own
-
         solver = lookup(SOLVERS, solver, "solver")()
     if not isinstance(solver, Solver):
         raise TypeError(

@@ -9,15 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from sde_lib import Chain, Knot
+from sde_lib._checks import name_of
 
 
 def describe(thing: Any) -> str:
     """A solver, corrector, coordinate or grid as text that `scoresde.comparison.parse_spec` reads: its name, and the
     options that differ from the defaults."""
-    from solvers import COORDINATES, CORRECTORS, GRIDS, SOLVERS  # which hold the classes that print themselves by this
-
-    known = {cls: name for table in (SOLVERS, CORRECTORS, COORDINATES, GRIDS) for name, cls in table.items()}
-    name = known.get(type(thing), type(thing).__name__)
+    name = name_of(type(thing))
     if not is_dataclass(thing):
         return name
     options = [(f.name, getattr(thing, f.name), f.default) for f in fields(thing) if f.init]

@@ -13,21 +13,27 @@ from sde_lib import VPSDE, GaussianMixture
 from solvers import (
     CORRECTORS,
     DDIM,
+    SOLVERS,
     AdaptiveRungeKutta,
     AnnealedLangevin,
     Heun,
     Langevin,
     PredictorCorrector,
     Recorded,
+    Solver,
     as_draw,
     sample,
     solve,
 )
-from solvers.predictor_corrector import predictors
+from solvers.predictors import PREDICTORS
 
 every_sde = pytest.mark.parametrize("name", SDE_NAMES)
-PREDICTORS = predictors()
 PAIRS = [p for p in itertools.product([*PREDICTORS, None], [*CORRECTORS, None]) if p != (None, None)]
+
+
+def test_every_solver_with_a_fixed_step_of_its_own_predicts():
+    own = {name: cls for name, cls in SOLVERS.items() if not cls.adaptive and cls.step is not Solver.step}
+    assert own == {**PREDICTORS, "predictor_corrector": PredictorCorrector}
 
 
 @every_sde
