@@ -7,6 +7,7 @@ def get_config():
     c = defaults()
     c.data.name = "moons"
     c.network.name = "mlp"
+    c.codec.affine.shift, c.codec.affine.scale = 0.0, 1.0  # states are data, as the exact score has them
     c.model.sigma_data = 1.0
     c.training.batch_size = 512
     c.training.steps = 3000

@@ -90,7 +90,7 @@ def main(workdir: Path, config: ConfigDict) -> dict[str, Any]:
         ValueError: for data or a forward law that the demo cannot show, before anything is trained.
     """
     require_matplotlib()
-    _check(make_data(config).spec, make_law(config))
+    _check(config)
     result = train(config, workdir)
     if config.training.max_seconds and result.step < FEW_STEPS:
         print(
@@ -107,9 +107,10 @@ def main(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     rows: list[Row] = []
     for name, solver, options in ROWS:
         start = time.perf_counter()
-        solution = sample(model.reverse(), (n, *spec.shape), solver, rng=config.seed, device=model.device, **options)
+        options = {"rng": config.seed, "device": model.device, **options}
+        solution = sample(model.reverse(), (n, *model.state_shape), solver, **options)
         seconds = time.perf_counter() - start
-        drawn = spec.decode(solution.x).cpu()
+        drawn = model.decode(solution.x).cpu()
         nfe = float(solution.nfe.double().mean())
         rows.append(Row(name, nfe, seconds, *_distances(drawn, held_out)))
         pictures[f"{name}, {nfe:.0f}"] = drawn[:SHOWN]
@@ -153,12 +154,14 @@ def main(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     return summary
 
 
-def _check(spec: DataSpec | None, law: Any) -> None:
-    if spec is None or len(spec.shape) != 3 or spec.levels is None:
-        shape = "unknown shape" if spec is None else f"shape {spec.shape}"
-        raise ValueError(f"The demo shows images with integer grey levels; this configuration has data of {shape}.")
+def _check(config: ConfigDict) -> None:
+    spec, law = make_data(config).spec, make_law(config)
+    if len(spec.shape) != 3 or spec.levels is None:
+        raise ValueError(f"The demo shows images with integer grey levels; these data have shape {spec.shape}.")
     if isinstance(law, Chain):
         raise ValueError("The demo computes exact likelihoods and needs continuous time: choose an SDE without levels.")
+    if config.codec.name != "affine":
+        raise ValueError("The demo shows states as pictures, halves of which it holds: leave codec.name at affine.")
 
 
 def _pictures(
@@ -167,10 +170,10 @@ def _pictures(
     assert spec.levels is not None
     high = spec.levels - 1.0
     image_rows(drawn, 0.0, high, "solver, network calls", path=workdir / "samples.png")
-    image_rows(_forward(model, spec, held_out, seed), 0.0, high, "time t", path=workdir / "forward.png")
+    image_rows(_forward(model, held_out, seed), 0.0, high, "time t", path=workdir / "forward.png")
     if spec.num_classes:
         image_rows(_classes(model, spec, seed), 0.0, high, "class", path=workdir / "classes.png")
-    image_rows(_inpainting(model, spec, held_out, seed), 0.0, high, path=workdir / "inpainting.png")
+    image_rows(_inpainting(model, held_out, seed), 0.0, high, path=workdir / "inpainting.png")
 
 
 def _distances(x: Tensor, y: Tensor) -> tuple[float, float]:
@@ -186,13 +189,13 @@ def _table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _forward(model: ScoreModel, spec: DataSpec, data: Tensor, seed: int) -> dict[str, Tensor]:
+def _forward(model: ScoreModel, data: Tensor, seed: int) -> dict[str, Tensor]:
     """Digits on their way to noise, one row per time, the same noise throughout."""
-    x_0 = spec.encode(data)
+    x_0 = model.encode(data)
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     law = model.law
     times = [law.t_min + (law.t_max - law.t_min) * i / 7 for i in range(8)]
-    return {f"{t:.3g}": spec.decode(law.perturb(x_0, t, noise)) for t in times}
+    return {f"{t:.3g}": model.decode(law.perturb(x_0, t, noise)) for t in times}
 
 
 def _classes(model: ScoreModel, spec: DataSpec, seed: int) -> dict[str, Tensor]:
@@ -200,22 +203,22 @@ def _classes(model: ScoreModel, spec: DataSpec, seed: int) -> dict[str, Tensor]:
     per_class = 12
     labels = torch.arange(spec.num_classes, device=model.device).repeat_interleave(per_class)
     rev = ClassifierFreeGuidance(model.reverse({"class_label": labels}), scale=2.0)
-    shape = (len(labels), *spec.shape)
-    drawn = spec.decode(sample(rev, shape, Heun(), steps=18, grid=Karras(), rng=seed, device=model.device).x).cpu()
+    shape = (len(labels), *model.state_shape)
+    drawn = model.decode(sample(rev, shape, Heun(), steps=18, grid=Karras(), rng=seed, device=model.device).x).cpu()
     return {str(c): part for c, part in enumerate(drawn.split(per_class))}
 
 
-def _inpainting(model: ScoreModel, spec: DataSpec, data: Tensor, seed: int) -> list[tuple[str, Tensor]]:
+def _inpainting(model: ScoreModel, data: Tensor, seed: int) -> list[tuple[str, Tensor]]:
     """Held-out digits, their upper halves, and three completions of the lower halves."""
-    mask = torch.zeros(spec.shape, dtype=torch.bool)
-    mask[:, : spec.shape[1] // 2] = True
+    mask = torch.zeros(model.state_shape, dtype=torch.bool)
+    mask[:, : mask.shape[1] // 2] = True
     rows = [("held-out digits", data), ("known half", torch.where(mask, data, torch.zeros_like(data)))]
-    known = spec.encode(data).to(model.device)
+    known = model.encode(data).to(model.device)
     solver = PredictorCorrector(ReverseDiffusion(), Langevin(snr=0.1, steps=2))
     for i in range(3):
         solution = sample(
             model.reverse(),
-            (len(data), *spec.shape),
+            (len(data), *model.state_shape),
             solver,
             steps=60,
             grid=UniformHalfLogSNR(),
@@ -223,7 +226,7 @@ def _inpainting(model: ScoreModel, spec: DataSpec, data: Tensor, seed: int) -> l
             project=inpaint(known, mask),
             device=model.device,
         )
-        rows.append(("completions" if i == 1 else "", spec.decode(solution.x).cpu()))  # one label for the three
+        rows.append(("completions" if i == 1 else "", model.decode(solution.x).cpu()))  # one label for the three
     return rows
 
 

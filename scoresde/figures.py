@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scoresde.data.spec import DataSpec
-from scoresde.images import EXTENT, image_grid, picture
+from scoresde.images import image_grid, picture, shown_range
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,7 +241,7 @@ def samples_picture(
         raise ValueError(f"Images (N, 1 or 3, H, W) and points (N, 2) have pictures, got shape {tuple(data.shape)}.")
     sheet, points = image.squeeze(-1).numpy(), data.ndim == 2
     with panels(ax, path, (4.5, 4.5 * sheet.shape[0] / sheet.shape[1])) as (figure, (axis,)):
-        low, high = spec.shift - EXTENT * spec.scale, spec.shift + EXTENT * spec.scale
+        low, high = shown_range(data, spec)
         place = (low, high, low, high) if points else None
         axis.imshow(sheet, cmap="gray" if sheet.ndim == 2 else None, vmin=0, vmax=255, extent=place)
         axis.grid(False)

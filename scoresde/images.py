@@ -11,9 +11,6 @@ from torch import Tensor
 
 from scoresde.data.spec import DataSpec
 
-EXTENT = 3.0
-"""Points are shown up to so many scales of their data specification from its shift."""
-
 
 def image_grid(
     data: Tensor,
@@ -57,11 +54,11 @@ def image_grid(
     return sheet.round().to(torch.uint8).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
 
 
-def point_density(points: Tensor, extent: float, bins: int = 128) -> Tensor:
-    """Histogram of points (N, 2) on [-extent, extent]^2 as a picture, y upwards: uint8 (bins, bins, 1)."""
+def point_density(points: Tensor, low: float, high: float, bins: int = 128) -> Tensor:
+    """Histogram of points (N, 2) on [low, high]^2 as a picture, y upwards: uint8 (bins, bins, 1)."""
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"Points must have shape (N, 2), got {tuple(points.shape)}.")
-    cell = ((points.detach().cpu().double() / extent + 1.0) * (bins / 2)).floor()
+    cell = ((points.detach().cpu().double() - low) * (bins / (high - low))).floor()
     cell = cell[((cell >= 0) & (cell < bins)).all(1)].long()
     counts = torch.bincount(cell[:, 1] * bins + cell[:, 0], minlength=bins * bins).reshape(bins, bins).double()
     # square root: the tails stay visible beside the modes
@@ -73,14 +70,21 @@ def picture(data: Tensor, spec: DataSpec, columns: int | None = None) -> Tensor 
     """Samples in data units as a picture: images as a grid, 2-D points as a histogram, None for anything else."""
     shape = tuple(spec.shape)
     if len(shape) == 3 and shape[0] in (1, 3):
-        if spec.levels is not None:
-            low, high = 0.0, spec.levels - 1.0
-        else:
-            low, high = spec.shift - 2.0 * spec.scale, spec.shift + 2.0 * spec.scale
-        return image_grid(data, low, high, columns, zoom=max(1, 32 // shape[1]))
+        return image_grid(data, *shown_range(data, spec), columns, zoom=max(1, 32 // shape[1]))
     if shape == (2,):
-        return point_density((data - spec.shift) / spec.scale, EXTENT)
+        return point_density(data, *shown_range(data, spec))
     return None
+
+
+def shown_range(data: Tensor, spec: DataSpec) -> tuple[float, float]:
+    """Low and high end of a picture: of the levels, of the specification, or of what is shown."""
+    if spec.levels is not None:
+        return 0.0, spec.levels - 1.0
+    if spec.range is not None:
+        return spec.range
+    finite = data[torch.isfinite(data)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
+    return (low, high) if low < high else (low - 1.0, high + 1.0)
 
 
 def save_png(image: Tensor, path: str | Path) -> None:

@@ -93,9 +93,11 @@ def _trained(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, 
     problem = model.reverse({"class_label": labels.to(model.device)})
     if arguments.guidance is not None:
         problem = ClassifierFreeGuidance(problem, arguments.guidance)
-    if isinstance(label, int) and data.held_out.labels is not None and data.train.labels is not None:
-        held_out, train = held_out[data.held_out.labels == label], train[data.train.labels == label]
-    options |= {"shape": spec.shape, "decode": spec.decode, "device": model.device}
+    if isinstance(label, int) and "class_label" in data.held_out.condition:
+        held_out, train = (
+            part.data[part.condition["class_label"] == label] for part in (data.held_out, data.train)
+        )
+    options |= {"shape": model.state_shape, "decode": model.decode, "device": model.device}
     return problem, {**options, "samples": held_out, "floor": train}
 
 

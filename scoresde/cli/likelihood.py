@@ -47,9 +47,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(f"likelihood.n must be in 1 … {len(held_out)} (the held-out samples), got {n}.")
     data, labels = held_out.data[:n], None
     if arguments.given_class:
-        if held_out.labels is None:
+        if "class_label" not in held_out.condition:
             raise ValueError("--given-class needs data with classes.")
-        labels = held_out.labels[:n]
+        labels = held_out.condition["class_label"][:n]
     out = Path(arguments.out or Path(arguments.workdir or ".") / "likelihood")
     summary: dict[str, Any] = {}
     pictures: dict[str, Callable[[Path], object]] = {}
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
             pictures["budget.png"] = lambda path: budget(result, path)
             if arguments.convergence:
                 condition = {} if labels is None else {"class_label": labels[:8].to(model.device)}
-                x = model.data_spec.encode(data[:8]).to(model.device, model.dtype)
+                x = model.encode(data[:8]).to(model.device, model.dtype)
                 settled = convergence(model.reverse(condition), x, seed=options["seed"], sigma_data=model.sigma_data)
                 print(settled.table())
                 summary["convergence"] = vars(settled)

@@ -21,9 +21,6 @@ class Codec(nn.Module):
         state_shape: of the state that it becomes.
     """
 
-    log_volume: float | None = None
-    """log |det dx / dz| of one sample in nats, the same everywhere; None for a codec that is no such bijection: then no
-    likelihood of data exists, and every one refuses."""
     name: ClassVar[str]
     """In `CODECS`."""
 
@@ -36,6 +33,12 @@ class Codec(nn.Module):
         """The codec for data of a specification; what it does not say is measured on `data`, (N, *D) in data units
         (integers stand for the middles of their bins)."""
         raise NotImplementedError
+
+    @property
+    def log_volume(self) -> float | None:
+        """log |det dx / dz| of one sample in nats, the same everywhere; None for a codec that is no such bijection:
+        then no likelihood of data exists, and every one refuses."""
+        return None
 
     def encode(self, z: Tensor, draw: Any = None) -> Tensor:
         """Real data to states, in the dtype of z. `draw` is the noise of codecs that are random."""

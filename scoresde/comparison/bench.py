@@ -64,8 +64,11 @@ class Bench:
         paths: bool,
     ) -> None:
         spec: DataSpec | None = None
+        state: tuple[int, ...] | None = None
         if isinstance(problem, ScoreModel):
             spec, self.rev = problem.data_spec, problem.reverse()
+            decode = problem.decode if decode is None and spec is not None else decode
+            state = problem.state_shape if spec is not None else None
             device = problem.device if device is None else device
         elif isinstance(problem, ReverseSDE):
             self.rev = problem
@@ -83,27 +86,26 @@ class Bench:
         (self.n,) = integers("n", [n if start is None else len(start)])
         self.seed, self.end, self.paths = int(seed), end, paths
         self.start = None if start is None else start.to(self.device, dtype)
-        self.shape = self._shape(shape, spec)
+        self.shape = self._shape(shape, state)
         self.grid: GridLike = default_grid(self.law) if grid is None else grid
         self.batch_size = self.n if batch_size is None else integers("batch_size", [batch_size])[0]
-        self.decode = decode or (spec.decode if spec is not None else lambda x: x)
+        self.decode = decode or (lambda x: x)
         self.range: tuple[float, float] | None = None
         if spec is not None:
-            low, high = spec.shift - 2.0 * spec.scale, spec.shift + 2.0 * spec.scale
-            self.range = (low, high) if spec.levels is None else (0.0, spec.levels - 1.0)
+            self.range = spec.range if spec.levels is None else (0.0, spec.levels - 1.0)
         self._drawn: tuple[int, Tensor] | None = None
         self.data_shape = tuple(self.decode(self.starts(0)[:1]).shape[1:])
 
-    def _shape(self, shape: Sequence[int] | None, spec: DataSpec | None) -> tuple[int, ...]:
+    def _shape(self, shape: Sequence[int] | None, state: tuple[int, ...] | None) -> tuple[int, ...]:
         if self.start is not None:
             found = tuple(self.start.shape[1:])
             if shape is not None and tuple(shape) != found:
                 raise ValueError(f"`shape` {tuple(shape)} and the samples of `start` {found} disagree.")
             return found
         if shape is None:
-            if spec is None:
+            if state is None:
                 raise ValueError("`shape`, of one sample, is needed for a ReverseSDE: it does not know it.")
-            shape = spec.shape
+            shape = state
         return tuple(int(k) for k in shape)
 
     # --- what everybody starts from -------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ def defaults() -> ml_collections.ConfigDict:
     c.model.input_scaling = "unit"
 
     c.data = at["data"].section()
+    c.codec = at["codec"].section()
     c.data.shape = config_dict.placeholder(tuple)  # (C, H, W) that an experiment is for; other data are refused
 
     c.training = t = ml_collections.ConfigDict()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import ml_collections
@@ -16,6 +15,7 @@ from sde_lib._checks import section_key
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from scoresde.codecs import Codec
     from scoresde.data import Dataset
     from scoresde.data.spec import DataSpec
     from scoresde.models.score_model import ScoreModel
@@ -96,7 +96,19 @@ def make_exact(
     )
 
 
-def model_config(config: ml_collections.ConfigDict, spec: DataSpec) -> dict[str, Any]:
+def make_codec(config: ml_collections.ConfigDict, spec: DataSpec, data: Tensor | None = None) -> Codec:
+    """The codec of the `codec` section for data of a specification, measured on `data` (N, *D) where it has to be."""
+    from scoresde.codecs import CODECS
+
+    cls, section = lookup_entry(CODECS, config.codec.name, "codec"), chosen(config.codec)
+    try:
+        made: Codec = cls.fit(spec, data, **section.get(section_key(section["name"]), {}))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(one_line(error)) from error
+    return made
+
+
+def model_config(config: ml_collections.ConfigDict, spec: DataSpec, codec: Codec) -> dict[str, Any]:
     """What `ScoreModel.from_config` takes."""
     from scoresde.networks import NETWORKS
     from sde_lib import SDES
@@ -104,22 +116,29 @@ def model_config(config: ml_collections.ConfigDict, spec: DataSpec) -> dict[str,
     lookup_entry(NETWORKS, config.network.name, "network")
     lookup_entry(SDES, config.sde.name, "sde")
     network = chosen(to_dict(config.network))
-    network.setdefault(section_key(network["name"]), {}).update(shape=list(spec.shape), num_classes=spec.num_classes)
+    network.setdefault(section_key(network["name"]), {}).update(
+        shape=list(codec.state_shape), num_classes=spec.num_classes
+    )
     return {
         **to_dict(config.model),
         "network": network,
         "sde": chosen(to_dict(config.sde)),
         "levels": config.sde.chain or 0,
-        "data_spec": {**asdict(spec), "shape": list(spec.shape)},
+        "data_spec": spec.to_dict(),
+        "codec": {"name": codec.name, codec.name: codec.config()},
     }
 
 
-def make_model(config: ml_collections.ConfigDict, spec: DataSpec) -> ScoreModel:
-    """The score model with fresh weights, drawn from torch's global generator."""
+def make_model(config: ml_collections.ConfigDict, spec: DataSpec, data: Tensor | None = None) -> ScoreModel:
+    """The score model with fresh weights, drawn from torch's global generator, and a codec fitted to `data`."""
     from scoresde.models.score_model import ScoreModel
 
     try:
-        return ScoreModel.from_config(model_config(config, spec))
+        codec = make_codec(config, spec, data)
+        model = ScoreModel.from_config(model_config(config, spec, codec))
+        assert model.codec is not None
+        model.codec.load_state_dict(codec.state_dict())
+        return model
     except (TypeError, ValueError) as error:
         raise ConfigError(one_line(error)) from error
 

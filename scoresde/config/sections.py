@@ -98,6 +98,7 @@ def kind_of(annotation: Any) -> type:
 
 def places() -> dict[str, Place]:
     """Dotted path of a section -> the table that it is of."""
+    from scoresde.codecs import CODECS
     from scoresde.data import DATASETS
     from scoresde.networks import NETWORKS
     from sde_lib import SDES
@@ -107,6 +108,7 @@ def places() -> dict[str, Place]:
         "sde": Place(SDES, "sde", "vp"),
         "network": Place(NETWORKS, "network", "unet", frozenset({"shape", "num_classes"})),
         "data": Place(DATASETS, "data set", "digits"),
+        "codec": Place(CODECS, "codec", "affine", frozenset({"spec", "data"}), via="fit"),
         "sampling.solver": Place(SOLVERS, "solver", "heun"),
         "sampling.grid": Place(GRIDS, "grid", "blended"),  # the default everywhere; a chain has its own levels
     }

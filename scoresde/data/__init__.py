@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from scoresde.data.arrays import Arrays
+from scoresde.data.batch import Batch
+from scoresde.data.conditions import ConditionSpec, classes
 from scoresde.data.dataset import Dataset, Split
 from scoresde.data.digits import Digits
+from scoresde.data.spec import DataSpec
 from scoresde.data.toys import Checkerboard, Moons, Ring, Spiral, Toy
 
 DATASETS: Mapping[str, type[Any]] = {
@@ -21,7 +24,10 @@ DATASETS: Mapping[str, type[Any]] = {
 __all__ = [
     "DATASETS",
     "Arrays",
+    "Batch",
     "Checkerboard",
+    "ConditionSpec",
+    "DataSpec",
     "Dataset",
     "Digits",
     "Moons",
@@ -29,4 +35,5 @@ __all__ = [
     "Spiral",
     "Split",
     "Toy",
+    "classes",
 ]

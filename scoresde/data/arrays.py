@@ -10,18 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.data.dataset import Dataset, check_held_out, split
+from scoresde.data.conditions import classes
+from scoresde.data.dataset import Dataset, Split, check_held_out, split
 from scoresde.data.spec import DataSpec
 
 LAYOUTS = ("as_is", "NHWC", "NHW")
+_SHOWN = 0.002  # fraction of the values that pictures may cut off
+
+
+def _usual(data: Tensor) -> tuple[float, float]:
+    """Between which values all but a few lie, of at most about a million of them."""
+    some = data.flatten()[:: max(1, data.numel() // 10**6)].double().sort().values
+    cut = round(0.5 * _SHOWN * (len(some) - 1))
+    low, high = float(some[cut]), float(some[len(some) - 1 - cut])
+    return (low, high) if low < high else (float(some[0]), float(some[-1]))
 
 
 @dataclass(frozen=True)
 class Arrays:
     """Samples in the rows of a NumPy array.
 
-    Real-valued data are shifted and scaled to mean 0 and standard deviation 1 over all elements of the training
-    split. Data with `levels` are the integers 0 … levels - 1 and are mapped to [-1, 1].
+    Real numbers, or the integers 0 … levels - 1 of `levels`; how they become states is the codec's.
 
     Args:
         path: a .npy file, or a .npz file with the array under `key`.
@@ -56,18 +65,18 @@ class Arrays:
 
     def load(self) -> Dataset:
         """Read, check and split; uint8 or int32 data if `levels` is given, float32 otherwise."""
-        array, classes = self._read()
+        array, kinds = self._read()
         data = self._checked(array)
-        labels = None if classes is None else self._checked_labels(classes, data.shape[0])
-        train, held_out = split(data, labels, self.held_out, self.seed)
-        num_classes = 0 if labels is None else int(labels.max()) + 1
-        if self.levels is not None:
-            spec = DataSpec.integers(tuple(data.shape[1:]), self.levels, num_classes)
-        else:
-            std, mean = torch.std_mean(train.data.double())
-            if not float(std) > 0.0:
-                raise ValueError(f"The training data of {self.path} are constant ({float(mean)}): nothing to model.")
-            spec = DataSpec(tuple(data.shape[1:]), float(mean), float(std), None, num_classes)
+        labels = None if kinds is None else self._checked_labels(kinds, data.shape[0])
+        condition = {} if labels is None else {"class_label": labels}
+        train, held_out = split(Split(data, condition), self.held_out, self.seed)
+        conditions = classes(0 if labels is None else int(labels.max()) + 1)
+        shown = None
+        if self.levels is None:
+            if bool((train.data == train.data.flatten()[0]).all()):
+                raise ValueError(f"The training data of {self.path} are constant: nothing to model.")
+            shown = _usual(train.data)
+        spec = DataSpec(tuple(data.shape[1:]), self.levels, conditions, range=shown)
         return Dataset(Path(self.path).stem, train, held_out, spec)
 
     def _read(self) -> tuple[np.ndarray, np.ndarray | None]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from scoresde.data.dataset import Dataset, check_held_out, split
+from scoresde.data.conditions import classes
+from scoresde.data.dataset import Dataset, Split, check_held_out, split
 from scoresde.data.spec import DataSpec
 
 
@@ -14,7 +15,7 @@ from scoresde.data.spec import DataSpec
 class Digits:
     """1797 handwritten digits of 8 x 8 pixels with the 17 grey levels 0 … 16, in ten classes.
 
-    They come inside scikit-learn: real images without a download. Model units are [-1, 1].
+    They come inside scikit-learn: real images without a download.
 
     Source: E. Alpaydin & C. Kaynak 1998, "Optical Recognition of Handwritten Digits", UCI Machine Learning
     Repository (its test set).
@@ -44,7 +45,7 @@ class Digits:
             raise ImportError("The digits come with scikit-learn: pip install 'scoresde[train]'") from error
         images, digits = load_digits(return_X_y=True)
         data = torch.from_numpy(images).to(torch.uint8).reshape(-1, 1, 8, 8)
-        classes = torch.from_numpy(digits).long() if self.labels else None
-        train, held_out = split(data, classes, self.held_out, self.seed)
-        spec = DataSpec.integers((1, 8, 8), levels=17, num_classes=10 if self.labels else 0)
+        condition = {"class_label": torch.from_numpy(digits).long()} if self.labels else {}
+        train, held_out = split(Split(data, condition), self.held_out, self.seed)
+        spec = DataSpec((1, 8, 8), levels=17, conditions=classes(10 if self.labels else 0))
         return Dataset("digits", train, held_out, spec)

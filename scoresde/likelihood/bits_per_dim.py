@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.codecs import Codec
 from scoresde.data.spec import DataSpec
 from scoresde.likelihood.bits import BitsPerDim, bits_of
 from scoresde.likelihood.dequantization import Dequantization, as_dequantization, name_of
-from scoresde.likelihood.doors import check_density, check_labels, check_options
+from scoresde.likelihood.doors import check_codec, check_density, check_labels, check_options
 from scoresde.likelihood.log_likelihood import log_likelihood
 from scoresde.likelihood.scores import ScoreFile, fingerprint
 from scoresde.likelihood.scoring import Job, scored
@@ -88,11 +89,11 @@ def bits_per_dim(
             raise ValueError(f"`devices` must be a list of at least one device, or None, got {devices!r}.")
         devices = [usable_device(device) for device in devices]
     check_options("bits_per_dim", log_likelihood, options, ("rev", "x", "rng", "condition", "keep", "progress"))
-    spec, law = _check(model, data, labels, levels, samples, bound, batch_size, seed)
-    as_dequantization(dequantization, spec, law.knot(law.t_min))  # refuses an unknown name before the first batch
-    name = name_of(dequantization, spec, law.knot(law.t_min))
+    spec, law, codec = _check(model, data, labels, levels, samples, bound, batch_size, seed)
+    as_dequantization(dequantization, codec, law.knot(law.t_min))  # refuses an unknown name before the first batch
+    name = name_of(dequantization, codec, law.knot(law.t_min))
     options = {"sigma_data": model.sigma_data, **options}
-    job = Job(spec, law, dequantization, samples, bound, seed, {**options, "keep": False})
+    job = Job(spec, law, codec, dequantization, samples, bound, seed, {**options, "keep": False})
     shown = {k: v if isinstance(v, int | float | str | bool | None) else repr(v) for k, v in options.items()}
     settings = {"bound": bound, "dequantization": name, "samples": samples, "seed": seed, "options": shown}
     rank, world = process()
@@ -125,7 +126,7 @@ def _check(
     bound: str,
     batch_size: int,
     seed: int,
-) -> tuple[DataSpec, SDE]:
+) -> tuple[DataSpec, SDE, Codec]:
     if not isinstance(model, ScoreModel):
         raise TypeError(f"bits_per_dim needs a ScoreModel, got {type(model).__name__} (see log_likelihood).")
     check_density("bits_per_dim", model.reverse())
@@ -146,7 +147,7 @@ def _check(
         raise ValueError(f"`levels` = {levels}, but the model was made for data with {spec.levels or 'no'} levels.")
     spec.check(data)
     check_labels(spec, labels, len(data))
-    return spec, model.law
+    return spec, model.law, check_codec(model)
 
 
 def _gathered(done: dict[int, list[float]]) -> dict[int, list[float]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.codecs import Codec
 from scoresde.data.spec import DataSpec
 from scoresde.likelihood.intervals import half_width, satterthwaite
 from sde_lib import Knot, Prediction, ReverseSDE
@@ -54,6 +55,7 @@ class Run:
     x: Tensor
     draw: Draw
     levels: DataSpec | None
+    codec: Codec | None
     sigma_data: float
     batch_rows: int
 

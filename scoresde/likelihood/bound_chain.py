@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from scoresde.codecs import Affine
 from scoresde.likelihood.bound import Bound, Run, Variances, as_bound, prior_kl, total
 from sde_lib import Chain, Knot, Prediction
 
@@ -115,8 +116,9 @@ def log_decoder(run: Run, chain: Chain, prediction: Prediction, noise: Tensor, v
     spec, mean = run.levels, prediction.data.double()
     x = run.x.repeat(len(mean) // len(run.x), *[1] * (run.x.ndim - 1)).double()
     std = torch.exp(0.5 * log_variance).expand_as(mean)
-    assert spec.levels is not None
-    half, k = 0.5 / spec.scale, (x * spec.scale + spec.shift).floor()
+    codec = run.codec
+    assert spec.levels is not None and isinstance(codec, Affine)
+    half, k = 0.5 / codec.scales(x), codec.decode(x).floor()
     low, high = (x - half - mean) / std, (x + half - mean) / std
     low = torch.where(k <= 0, -math.inf, low)
     high = torch.where(k >= spec.levels - 1, math.inf, high)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from scoresde.codecs import Codec
 from scoresde.data.spec import DataSpec
 from scoresde.likelihood.bound import Bound, Run, Variances, as_bound, prior_kl, total
 from sde_lib import SDE, Knot
@@ -43,7 +44,7 @@ def _decoder(run: Run, law: SDE, first: Knot, draws: int) -> tuple[Tensor, int]:
     if run.levels is not None:
         for j in range(draws):
             y = x.double() + std * run.draw.normal("decoder", j).double()
-            values[j] = -total(log_softmax(run.levels, y, x, std))
+            values[j] = -total(log_softmax(run.levels, run.codec, y, x, std))
     else:
         places = [torch.full((b,), law.t_min, dtype=torch.float64, device=x.device)] * draws
         constant = x[0].numel() * (math.log(std) + 0.5 * math.log(2.0 * math.pi))
@@ -53,11 +54,11 @@ def _decoder(run: Run, law: SDE, first: Knot, draws: int) -> tuple[Tensor, int]:
     return values, 0 if run.levels is not None else draws
 
 
-def log_softmax(spec: DataSpec, y: Tensor, x: Tensor, std: float) -> Tensor:
+def log_softmax(spec: DataSpec, codec: Codec | None, y: Tensor, x: Tensor, std: float) -> Tensor:
     """log P(k | y) per element, with P(k | y) in proportion to N(y; x_k, std^2), at the level whose middle is x."""
-    assert spec.levels is not None
+    assert spec.levels is not None and codec is not None
     norm = torch.full_like(y, -math.inf)
     for k in range(spec.levels):
-        middle = (k + 0.5 - spec.shift) / spec.scale
+        middle = codec.encode(y.new_full(spec.shape, k + 0.5))
         norm = torch.logaddexp(norm, -0.5 * ((y - middle) / std).square())
     return -0.5 * ((y - x.double()) / std).square() - norm

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scoresde.data.spec import DataSpec
+from scoresde.codecs import Affine, Codec
 from sde_lib import Knot, lookup
 
 
@@ -32,7 +32,7 @@ class Dequantization(Protocol):
     def __call__(self, data: Tensor, noise: Tensor, /) -> tuple[Tensor, Tensor]: ...
 
 
-def uniform(spec: DataSpec, knot: Knot) -> Dequantization:
+def uniform(codec: Codec, knot: Knot) -> Dequantization:
     """u uniform on [0, 1)^D, log q = 0 (Theis et al. 2016, arXiv:1511.01844, section 3.1)."""
 
     def draw(data: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def uniform(spec: DataSpec, knot: Knot) -> Dequantization:
     return draw
 
 
-def truncated_normal(spec: DataSpec, knot: Knot) -> Dequantization:
+def truncated_normal(codec: Codec, knot: Knot) -> Dequantization:
     r"""The model's own noise at t_min, cut off at the edges of the bin.
 
     :math:`x = x_k + (\sigma / \alpha)\, e` with e standard normal on :math:`(-\tau, \tau)`,
@@ -51,7 +51,7 @@ def truncated_normal(spec: DataSpec, knot: Knot) -> Dequantization:
 
     Source: Zheng et al. 2023, arXiv:2305.03935, section 4.1.
     """
-    ratio = spec.scale * math.exp(-float(knot.half_log_snr))  # the noise in units of the bin
+    ratio = bin_scale(codec) * math.exp(-float(knot.half_log_snr))  # the noise in units of the bin
     tau = 0.5 / ratio
     half = 0.5 * math.erf(tau / math.sqrt(2.0))
     constant = -0.5 * math.log(2.0 * math.pi) - math.log(2.0 * half) - math.log(ratio)
@@ -66,35 +66,48 @@ def truncated_normal(spec: DataSpec, knot: Knot) -> Dequantization:
     return draw
 
 
-DEQUANTIZATIONS: Mapping[str, Callable[[DataSpec, Knot], Dequantization]] = {
+DEQUANTIZATIONS: Mapping[str, Callable[[Codec, Knot], Dequantization]] = {
     "uniform": uniform,
     "truncated_normal": truncated_normal,
 }
 """Name -> maker."""
 
 
+def bin_scale(codec: Codec) -> float:
+    """How many bins, of width 1 in data units, are one unit of the state.
+
+    Raises:
+        ValueError: for a codec whose states have no bins of one width along every axis.
+    """
+    if not isinstance(codec, Affine) or not isinstance(codec.scale, float):
+        raise ValueError(
+            f"This needs one scale for all elements, and the codec {codec.name!r} has none: dequantize uniformly."
+        )
+    return codec.scale
+
+
 AUTO = 0.25
 """Noise at t_min, in units of the bin, from which "auto" takes the truncated normal."""
 
 
-def name_of(what: str | Dequantization, spec: DataSpec, knot: Knot) -> str:
+def name_of(what: str | Dequantization, codec: Codec, knot: Knot) -> str:
     """The name of a dequantization, with "auto" resolved.
 
     "auto" is the truncated normal where the noise at t_min is wide enough to fill the bin, and uniform elsewhere: a
     narrow normal would leave out most of the bin over which a model trained on dequantized data has spread its mass.
     """
     if what == "auto":
-        wide = spec.scale * math.exp(-float(knot.half_log_snr)) >= AUTO
+        wide = bin_scale(codec) * math.exp(-float(knot.half_log_snr)) >= AUTO
         return "truncated_normal" if wide else "uniform"
     return what if isinstance(what, str) else str(getattr(what, "__name__", "own"))
 
 
-def as_dequantization(what: str | Dequantization, spec: DataSpec, knot: Knot) -> Dequantization:
+def as_dequantization(what: str | Dequantization, codec: Codec, knot: Knot) -> Dequantization:
     """The dequantization of a name, or one's own with its answers checked."""
     if isinstance(what, str):
-        what = name_of(what, spec, knot)
+        what = name_of(what, codec, knot)
         kind: Any = lookup(DEQUANTIZATIONS, what, "dequantization")
-        made: Dequantization = kind(spec, knot)
+        made: Dequantization = kind(codec, knot)
         return made
     if not callable(what):
         raise TypeError(f"`dequantization` must be a name or a function of (data, noise), got {what!r}.")

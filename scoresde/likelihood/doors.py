@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from scoresde.codecs import Codec
 from scoresde.data.spec import DataSpec
+from scoresde.models.score_model import ScoreModel
 from sde_lib._checks import did_you_mean, options_of
 from sde_lib.reverse import Reverse
 
@@ -17,7 +19,7 @@ def check_labels(spec: DataSpec, labels: Any, n: int) -> None:
     if labels is None:
         return
     if spec.num_classes:
-        spec.check_classes(labels)
+        spec.conditions["class_label"].check("class_label", labels)
     elif not isinstance(labels, Tensor):
         raise TypeError(f"`labels` must be a tensor of shape ({n},), got {type(labels).__name__}.")
     if labels.shape != (n,):
@@ -52,3 +54,11 @@ def check_options(scoring: str, function: Callable[..., Any], given: Mapping[str
                 f"{scoring} has no option {name!r}.{did_you_mean(name, known)} It takes its own and, of "
                 f"{function.__name__}: {', '.join(known)}."
             )
+
+
+def check_codec(model: ScoreModel) -> Codec:
+    """The codec of a model, which must be a bijection."""
+    codec = model.codec
+    if codec is None or codec.log_volume is None:
+        raise ValueError("The codec of this model is no bijection, so that its data have no density to be scored.")
+    return codec

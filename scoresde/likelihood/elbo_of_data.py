@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.likelihood.dequantization import AUTO
-from scoresde.likelihood.doors import check_density, check_labels, check_options
+from scoresde.likelihood.dequantization import AUTO, bin_scale
+from scoresde.likelihood.doors import check_codec, check_density, check_labels, check_options
 from scoresde.likelihood.elbo import elbo
 from scoresde.models.score_model import ScoreModel
 from sde_lib import Chain
@@ -95,13 +95,14 @@ def elbo_of_data(
     if not isinstance(model, ScoreModel):
         raise TypeError(f"elbo_of_data needs a ScoreModel, got {type(model).__name__} (see elbo).")
     check_density("elbo_of_data", model.reverse())
-    check_options("elbo_of_data", elbo, options, ("rev", "x", "data_spec", "rng", "condition"))
+    check_options("elbo_of_data", elbo, options, ("rev", "x", "data_spec", "codec", "rng", "condition"))
     check_count("batch_size", batch_size)
     spec = model.data_spec
     if spec is None:
         raise ValueError("elbo_of_data needs a model with a data_spec: shape, scaling and levels of the data.")
     if len(data) == 0:
         raise ValueError("`data` is empty.")
+    codec = check_codec(model)
     spec.check(data)
     check_labels(spec, labels, len(data))
     if dequantization not in ("auto", "none", "uniform"):
@@ -109,7 +110,7 @@ def elbo_of_data(
     law = model.law
     if dequantization == "auto":
         first = law.levels[0] if isinstance(law, Chain) else law.knot(law.t_min)
-        dequantization = "none" if spec.scale * math.exp(-float(first.half_log_snr)) >= AUTO else "uniform"
+        dequantization = "none" if bin_scale(codec) * math.exp(-float(first.half_log_snr)) >= AUTO else "uniform"
     discrete = spec.levels is not None and dequantization == "none"
     rev, bounds = model.reverse(), []
     with tqdm(
@@ -123,15 +124,15 @@ def elbo_of_data(
             if spec.levels is not None and not discrete:
                 like = torch.empty(batch.shape, dtype=torch.float64, device=batch.device)
                 u = torch.special.ndtr(rng.bind(like).normal("dequant"))
-            x = spec.encode(batch, u, dtype=torch.float64).to(model.dtype)
+            x = model.encode(batch, u, dtype=torch.float64).to(model.dtype)
             condition = {} if labels is None else {"class_label": labels[part].to(model.device)}
             given = {"sigma_data": model.sigma_data, **options}
             bounds.append(
-                elbo(rev, x, data_spec=spec if discrete else None, rng=rng, condition=condition, **given)
+                elbo(rev, x, data_spec=spec if discrete else None, codec=codec, rng=rng, condition=condition, **given)
             )
             bar.update(len(x))
     bits = spec.dims * math.log(2.0)
-    jacobian = 0.0 if discrete else spec.dims * math.log(spec.scale)
+    jacobian = 0.0 if discrete else -(codec.log_volume or 0.0)
     column = {
         name: torch.cat([getattr(bound, name) for bound in bounds]) / bits
         for name in ("nats", "standard_error", "reconstruction", "diffusion", "prior")

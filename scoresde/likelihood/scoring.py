@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.codecs import Codec
 from scoresde.data.spec import DataSpec
 from scoresde.likelihood.dequantization import Dequantization, as_dequantization
 from scoresde.likelihood.log_likelihood import log_likelihood
@@ -27,6 +28,7 @@ class Job:
 
     spec: DataSpec
     law: SDE
+    codec: Codec
     dequantization: str | Dequantization
     samples: int
     bound: str
@@ -39,8 +41,8 @@ class Job:
         batch = batch.to(model.device)
         condition = {} if labels is None else {"class_label": labels.to(model.device)}
         alpha = float(knot.alpha)
-        jacobian = spec.dims * math.log(alpha / spec.scale)
-        dequantize = as_dequantization(self.dequantization, spec, knot)
+        jacobian = spec.dims * math.log(alpha) + (self.codec.log_volume or 0.0)
+        dequantize = as_dequantization(self.dequantization, self.codec, knot)
         drawn: list[Likelihood] = []
         logs: list[Tensor] = []
         for k in range(self.samples):
@@ -51,7 +53,7 @@ class Job:
                 draw = noise.bind(torch.empty(batch.shape, dtype=torch.float64, device=batch.device))
                 u, q = dequantize(batch, draw.normal("dequant"))
                 log_q = q.cpu()
-            x = alpha * spec.encode(batch, u, dtype=torch.float64)
+            x = alpha * model.encode(batch, u, dtype=torch.float64)
             result = log_likelihood(model.reverse(), x.to(model.dtype), rng=noise, condition=condition, **self.options)
             drawn.append(result)
             logs.append(result.log_prob + jacobian - log_q)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from scoresde.codecs import CODECS, Affine, Codec
 from scoresde.data.spec import DataSpec
 from scoresde.losses import chain_loss, continuous_loss
 from sde_lib import NOISE_LEVELS, PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Prediction, ReverseSDE, build, lookup
@@ -29,13 +29,14 @@ class ScoreModel(nn.Module):
         law: `SDE`, or `Chain` for a network on discrete levels.
         parameterization: what the network outputs: a name in `PARAMETERIZATIONS`.
         noise_level: what it is told about the noise level: a name in `NOISE_LEVELS`.
-        data_spec: layout of the data; optional for a network used in model units only.
+        data_spec: what the data are; optional for a network used in model units only.
         sigma_data: standard deviation of the data in model units, for "edm" and for the input scaling.
         input_scaling: "unit" divides the input by sqrt(sigma^2 + alpha^2 sigma_data^2), so that it has unit variance
             at every noise level (EDM's c_in on any SDE); "none" hands over the state.
         config: what `from_config` was given.
         index_levels: number of levels that the noise levels "index" and "index_down" count where the law is an SDE: a
             network of a chain goes on between its levels. On a chain it is the chain's.
+        codec: how data become states; integers are spread over [-1, 1) and real numbers stay as they are by default.
 
     A network with the attribute `learned_variance` returns twice the channels; the second half is `log_variance`'s.
 
@@ -54,6 +55,7 @@ class ScoreModel(nn.Module):
         input_scaling: str = "unit",
         config: Mapping[str, Any] | None = None,
         index_levels: int = 0,
+        codec: Codec | None = None,
     ) -> None:
         super().__init__()
         if not callable(network):
@@ -71,6 +73,7 @@ class ScoreModel(nn.Module):
         if noise_level.startswith("index") and self.index_levels < 2:
             raise ValueError(f'Noise level "{noise_level}" needs a chain, law=sde.discretize(n), or `index_levels`.')
         self.network, self.law, self.data_spec = network, law, data_spec
+        self.codec = _codec(codec, data_spec)
         self.parameterization = kind(sigma_data) if parameterization == "edm" else kind()
         self.sigma_data, self.input_scaling = float(sigma_data), input_scaling
         self._config = None if config is None else dict(config)
@@ -78,7 +81,7 @@ class ScoreModel(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ScoreModel:
         """Build from a JSON-able dict: sections `network`, `sde` (``{"name": …, <name>: {options}}``), `levels` (0, or
-        the number of levels of a chain), `data_spec`, and the remaining constructor arguments.
+        the number of levels of a chain), `data_spec`, `codec`, and the remaining constructor arguments.
 
         Raises:
             ValueError: for a section that is missing, an unknown name, or an option that does not exist.
@@ -97,12 +100,13 @@ class ScoreModel(nn.Module):
         network = build(NETWORKS, rest.pop("network"), "network")
         sde = build(SDES, rest.pop("sde"), "sde")
         levels = rest.pop("levels", 0)
-        spec = rest.pop("data_spec", None)
+        spec, codec = rest.pop("data_spec", None), rest.pop("codec", None)
         return cls(
             network,
             sde.discretize(levels) if levels else sde,
-            data_spec=None if spec is None else DataSpec(**spec),
+            data_spec=None if spec is None else DataSpec.from_dict(spec),
             config=config,
+            codec=None if codec is None else build(CODECS, codec, "codec"),
             **rest,
         )
 
@@ -118,9 +122,51 @@ class ScoreModel(nn.Module):
                 "ScoreModel.from_config, or save its state_dict yourself."
             )
         config = dict(self._config)
-        if self.data_spec is not None:
-            config["data_spec"] = {**asdict(self.data_spec), "shape": list(self.data_spec.shape)}
+        if self.data_spec is not None and self.codec is not None:
+            config["data_spec"] = self.data_spec.to_dict()
+            config["codec"] = {"name": self.codec.name, self.codec.name: self.codec.config()}
         return config
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """D, of one sample of data.
+
+        Raises:
+            ValueError: for a model without a data specification; `state_shape`, `encode` and `decode`, too.
+        """
+        return self._specified()[0].shape
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of one state, which the network sees and solvers carry along."""
+        return self._specified()[1].state_shape
+
+    def encode(
+        self, data: Tensor, u: Tensor | float | None = None, dtype: torch.dtype = torch.float32, draw: Any = None
+    ) -> Tensor:
+        """Data, (B, *data_shape), as states (B, *state_shape).
+
+        Args:
+            data: in data units.
+            u: in [0, 1), dequantizes integers; 1/2, the middles of their bins, if None.
+            dtype: of the states.
+            draw: noise of codecs that are random.
+        """
+        spec, codec = self._specified()
+        return codec.encode(spec.dequantize(data, u, dtype), draw)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """States as data: integers (int64) where there are levels."""
+        spec, codec = self._specified()
+        return spec.quantize(codec.decode(x))
+
+    def _specified(self) -> tuple[DataSpec, Codec]:
+        if self.data_spec is None or self.codec is None:
+            raise ValueError(
+                "This model has no data_spec: it knows states only, not the data that they stand for. Build it with "
+                "data_spec=DataSpec(shape)."
+            )
+        return self.data_spec, self.codec
 
     def raw(self, x: Tensor, knot: Knot, **condition: Any) -> Tensor:
         """Output of the network at a state in model units, (B, *D); in the dtype of its weights."""
@@ -212,7 +258,7 @@ class ScoreModel(nn.Module):
             self.data_spec.check(data)
             where = data.device if rng is None else rng.device
             u = torch.rand(data.shape, generator=rng, device=where) if self.data_spec.levels else None
-            x_0 = self.data_spec.encode(data.to(self.device), None if u is None else u.to(self.device), dtype)
+            x_0 = self.encode(data.to(self.device), None if u is None else u.to(self.device), dtype)
         loss = chain_loss if isinstance(self.law, Chain) else continuous_loss
         return loss(self, x_0, rng=rng, **options).value
 
@@ -230,42 +276,66 @@ class ScoreModel(nn.Module):
         return _ModelReverse(self, condition)
 
     def check_condition(self, condition: Mapping[str, Any] | None) -> None:
-        """Raise unless `condition` is a mapping, or None, and its class labels are classes of the `data_spec`."""
-        if condition is None:
-            return
-        if not isinstance(condition, Mapping):
+        """Raise unless `condition` is a mapping, or None, of conditions of the `data_spec` where there is one."""
+        if self.data_spec is not None:
+            self.data_spec.check_condition(condition)
+        elif condition is not None and not isinstance(condition, Mapping):
             raise TypeError(
                 f"`condition` must be a mapping of the network's arguments, e.g. {{\"class_label\": labels}}, got "
                 f"{type(condition).__name__}."
             )
-        labels = condition.get("class_label")
-        if labels is not None and self.data_spec is not None and self.data_spec.num_classes:
-            self.data_spec.check_classes(labels)
 
-    def sample(self, n: int, solver: Solver | str, **options: Any) -> Tensor:
-        """n samples in data units; `options` go to `solvers.sample` (steps, nfe, grid, end, rng, condition, …).
+    def sample(
+        self,
+        n: int,
+        solver: Solver | str,
+        condition: Mapping[str, Any] | None = None,
+        guidance: float = 1.0,
+        **options: Any,
+    ) -> Tensor:
+        """n samples in data units.
 
-        `solver` is a `Solver` or a name in `SOLVERS`; the grid is `Blended` by default, the chain's levels on a chain.
+        Args:
+            n: number of samples.
+            solver: a `Solver` or a name in `SOLVERS`; the grid is `Blended` by default, the chain's levels on a chain.
+            condition: conditions by name, n rows each.
+            guidance: scale of classifier-free guidance, see `ClassifierFreeGuidance`; 1: none.
+            **options: of `solvers.sample` (steps, nfe, grid, end, rng, …).
 
         Raises:
-            ValueError: if the model has no data specification.
+            ValueError: if the model has no data specification, or guidance is asked for without a condition.
         """
+        from scoresde.guidance import ClassifierFreeGuidance
         from solvers import sample
 
-        if self.data_spec is None:
-            raise ValueError("This model has no data_spec, so its samples have no shape: use solvers.sample.")
+        shape = (n, *self.state_shape)
         if "device" in options:
             raise ValueError("A model samples where its weights are: move it, model.to(device), instead of `device`.")
-        shape = (n, *self.data_spec.shape)
-        rev = self.reverse(options.pop("condition", None))
-        solution = sample(rev, shape, solver, device=self.device, **options)
-        return self.data_spec.decode(solution.x)
+        if condition is not None and self.data_spec is not None:
+            self.data_spec.check_condition(condition, n)
+        rev: ReverseSDE = self.reverse(condition)
+        if guidance != 1.0:
+            rev = ClassifierFreeGuidance(rev, guidance)
+        return self.decode(sample(rev, shape, solver, device=self.device, **options).x)
+
+
+def _codec(codec: Codec | None, spec: DataSpec | None) -> Codec | None:
+    if spec is None:
+        if codec is not None:
+            raise ValueError("A `codec` needs a `data_spec`, which says what the data are that it encodes.")
+        return None
+    codec = Affine.fit(spec) if codec is None else codec
+    if not isinstance(codec, Codec):
+        raise TypeError(f"`codec` must be a Codec, e.g. Affine((2,), shift=1.0, scale=2.0), got {codec!r}.")
+    if codec.data_shape != spec.shape:
+        raise ValueError(f"The codec is for data of shape {codec.data_shape}, the data_spec says {spec.shape}.")
+    return codec
 
 
 class _ModelReverse(ReverseSDE):
     """The reverse of a model: conditions that are given later are looked at, too.
 
-    Those on an accelerator are not, since guidance gives its own at every call, and a look would wait for the device.
+    Values on an accelerator are not, since guidance gives its own at every call, and a look would wait for the device.
     """
 
     def __init__(self, model: ScoreModel, condition: Mapping[str, Any] | None) -> None:
@@ -273,7 +343,6 @@ class _ModelReverse(ReverseSDE):
         self._model = model
 
     def given(self, **condition: Any) -> Self:
-        labels = condition.get("class_label")
-        if not torch.compiler.is_compiling() and not (isinstance(labels, Tensor) and labels.device.type != "cpu"):
+        if not torch.compiler.is_compiling():
             self._model.check_condition(condition)
         return super().given(**condition)

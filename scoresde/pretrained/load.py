@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from scoresde.codecs import Affine, Codec
+from scoresde.data.conditions import classes
 from scoresde.data.spec import DataSpec
 from scoresde.models.score_model import ScoreModel
 from scoresde.networks import NETWORKS
@@ -27,7 +29,7 @@ from sde_lib import SDES, build
 
 PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm")
 
-_EIGHT_BIT: dict[str, Any] = {"shift": 128.0, "scale": 127.5, "levels": 256}
+_EIGHT_BIT: dict[str, Any] = {"shift": 128.0, "scale": 127.5}
 """The middles k + 1/2 of the bins of 8-bit data are the values k / 127.5 - 1 that published models were trained on."""
 
 
@@ -233,7 +235,7 @@ def _model(network: str, options: Mapping[str, Any], sde: Mapping[str, Any], **r
     """Configuration of a score model; `sde` is {"name": …, options}."""
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v is not None}
     name = sde["name"]
-    spec = {"shape": list(options["shape"]), "num_classes": options.get("num_classes", 0), **_EIGHT_BIT}
+    spec = DataSpec(tuple(options["shape"]), 256, classes(options.get("num_classes", 0)))
     return {
         "network": {"name": network, network: options},
         "sde": {"name": name, name: {k: v for k, v in sde.items() if k != "name"}},
@@ -241,9 +243,14 @@ def _model(network: str, options: Mapping[str, Any], sde: Mapping[str, Any], **r
         "parameterization": "noise",
         "input_scaling": "none",
         "sigma_data": 0.5,
-        "data_spec": spec,
+        "data_spec": spec.to_dict(),
+        "codec": _codec(Affine(spec.shape, **_EIGHT_BIT)),
         **rest,
     }
+
+
+def _codec(codec: Codec) -> dict[str, Any]:
+    return {"name": codec.name, codec.name: codec.config()}
 
 
 def _edm(state: dict[str, Tensor], preconditioning: str | None) -> _Found:
@@ -301,7 +308,8 @@ def _guided_diffusion(
 def _dit(state: dict[str, Tensor], size: int | None) -> _Found:
     options = dit.architecture(state, size)
     plain = _model("dit", options, schedules.linear(), levels=1000, noise_level="index")
-    plain["data_spec"] = {"shape": list(options["shape"]), "num_classes": options["num_classes"]}  # latents
+    spec = DataSpec(tuple(options["shape"]), conditions=classes(options["num_classes"]))  # latents
+    plain["data_spec"], plain["codec"] = spec.to_dict(), _codec(Affine(spec.shape))
     return _Found(plain, lambda network: dit.convert_state(network, state))
 
 
@@ -382,7 +390,8 @@ def _plain(config: Any) -> dict[str, Any]:
     """The score model's configuration in an experiment's."""
     from scoresde.config import model_config
 
-    return model_config(config, DataSpec(tuple(config.data.shape), **_EIGHT_BIT))
+    spec = DataSpec(tuple(config.data.shape), 256)
+    return model_config(config, spec, Affine(spec.shape, **_EIGHT_BIT))
 
 
 def _experiment(path: Path, state: Mapping[str, Tensor], overrides: Sequence[str]) -> str:

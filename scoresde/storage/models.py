@@ -102,6 +102,7 @@ def _skeleton(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None, where: str | Path
 ) -> dict[str, Tensor]:
     """Tensors without memory of the model that a configuration describes."""
+    from scoresde.codecs import CODECS
     from scoresde.networks import NETWORKS
 
     if dtype is not None and dtype not in DTYPES:
@@ -111,9 +112,14 @@ def _skeleton(
         if type(levels) is not int or not 0 <= levels <= MOST_LEVELS:
             raise ValueError(f"`levels` must be an int in 0 … {MOST_LEVELS}, got {levels!r}.")
         with torch.device("meta"), bounded(20 * len(tensors) + 200):  # two or three a tensor are usual
-            network = build(NETWORKS, config["network"], "network")
-    network = network if dtype is None else network.to(dtype)
-    return {f"network.{name}": value for name, value in network.state_dict().items()}
+            parts = {"network": build(NETWORKS, config["network"], "network")}
+            if "codec" in config:
+                parts["codec"] = build(CODECS, config["codec"], "codec")
+    found: dict[str, Tensor] = {}
+    for part, module in parts.items():
+        module = module if dtype is None else module.to(dtype)
+        found |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+    return found
 
 
 @contextmanager

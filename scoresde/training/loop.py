@@ -169,7 +169,7 @@ class _Run:
         if config.sampling.guidance != 1.0 and not self.data.spec.num_classes:
             raise ConfigError(f"sampling.guidance={config.sampling.guidance} needs data with classes; 1 is none.")
         torch.manual_seed(mix(config.seed))
-        self.model = configs.make_model(config, self.data.spec)
+        self.model = configs.make_model(config, self.data.spec, self.data.train.data)
         self._check_loss()
         self.model.to(self.accelerator.device)
         if self.section.channels_last:
@@ -227,8 +227,7 @@ class _Run:
 
     def _check_loss(self) -> None:
         """One tiny evaluation, so that a misspelt weighting fails before the first step and before any file."""
-        spec = self.data.spec
-        x_0 = spec.encode(self.data.train.data[:1])
+        x_0 = self.model.encode(self.data.train.data[:1])
         try:
             with torch.no_grad():
                 _Objective(self.model, self.config)(x_0, None, generator(0))
@@ -351,16 +350,17 @@ class _Run:
         """
         spec: DataSpec = self.data.spec
         device = self.accelerator.device
-        data = split.data[rows.to(split.data.device)].to(device)
+        found = split.rows(rows).to(device)
+        data = found.data
         rng = generator(CLASSES, *where)
         u = torch.rand(data.shape, generator=rng).to(device) if spec.levels is not None else None
-        x_0 = spec.encode(data, u)
+        x_0 = self.model.encode(data, u)
         if flip:
             mirrored = (torch.rand(len(rows), generator=generator(FLIP, *where)) < 0.5).to(device)
             x_0 = torch.where(mirrored.reshape(-1, *[1] * (x_0.ndim - 1)), x_0.flip(-1), x_0)
-        if split.labels is None or not spec.num_classes:
+        classes = found.condition.get("class_label")
+        if classes is None:
             return x_0, None
-        classes = split.labels[rows.to(split.labels.device)].to(device)
         dropped = (torch.rand(len(rows), generator=rng) < class_dropout).to(device)
         return x_0, torch.where(dropped, spec.num_classes, classes)
 
@@ -453,7 +453,7 @@ def _placed(split: Split, device: torch.device) -> Split:
     """A split on the device if it is small enough to live there for good."""
     if split.data.numel() * split.data.element_size() > 2**30:
         return split
-    return Split(split.data.to(device), None if split.labels is None else split.labels.to(device))
+    return split.to(device)
 
 
 def _accelerator(section: ConfigDict) -> Any:

@@ -76,8 +76,8 @@ def draw_samples(
             rev = model.reverse({"class_label": labels[rows.start : rows.stop].to(model.device)})
             if s.guidance != 1.0:
                 rev = ClassifierFreeGuidance(rev, s.guidance)
-        solution = _solved(rev, (len(rows), *spec.shape), config, rows, model.device)
-        drawn.append(spec.decode(solution.x).cpu())
+        solution = _solved(rev, (len(rows), *model.state_shape), config, rows, model.device)
+        drawn.append(model.decode(solution.x).cpu())
         calls.append(solution.nfe)
     return Samples(torch.cat(drawn), torch.cat(calls), time.perf_counter() - started)
 

@@ -163,9 +163,9 @@ def test_decoders_are_laws_of_the_levels():
     chain = VPSDE().discretize(50)
     for state in (-30.0, -0.3, 0.0, 0.9, 4.0):
         y = torch.full_like(middles, state)
-        torch.testing.assert_close(log_softmax(SPEC, y, middles, 0.05).exp().sum(), torch.tensor(1.0).double())
+        torch.testing.assert_close(log_softmax(SPEC, CODEC, y, middles, 0.05).exp().sum(), torch.tensor(1.0).double())
         prediction = LINE.reverse(chain)(y, chain.knot(torch.zeros(16, dtype=torch.int64), 2))
-        run = Run(LINE.reverse(chain), middles, None, SPEC, 0.0, 16)
+        run = Run(LINE.reverse(chain), middles, None, SPEC, CODEC, 0.0, 16)
         for variance in ("small", "large", lambda v, k: torch.full_like(v, -3.0)):
             got = log_decoder(run, chain, prediction, torch.zeros_like(y), variance)
             assert torch.isfinite(got).all() or state == -30.0
@@ -185,7 +185,7 @@ def test_steps_are_the_kl_of_gaussians():
         c, s = float(chain.posterior_x_0[i]), float(chain.posterior_std[i])
         true = Normal(chain.posterior_x_t[i] * prediction.x + c * x, s)
         mean = chain.posterior_x_t[i] * prediction.x + c * prediction.data
-        run, eps = Run(rev, x, None, None, 0.0, 16), torch.full_like(x, 0.3)
+        run, eps = Run(rev, x, None, None, None, 0.0, 16), torch.full_like(x, 0.3)
         for variance, std in (("small", s), ("large", float(chain.betas[i].sqrt())), (lambda v, k: 0 * v - 4.0, 0.5)):
             want = kl_divergence(true, Normal(mean, std if isinstance(variance, str) else math.exp(-2.0))).sum(1)
             torch.testing.assert_close(step_kl(run, chain, prediction, eps, variance), want)
