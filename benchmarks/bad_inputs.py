@@ -364,13 +364,13 @@ sample(rev, (3, 2), DDIM(), steps=4, project=inpaint(torch.full((2,), nan), torc
 DataSpec((0, 3))
 DataSpec(("a",))
 DataSpec(3)
-DataSpec((2,), scale=0.0)
-DataSpec((2,), shift=nan)
-DataSpec((2,), scale="2")
+Affine((2,), scale=0.0)
+Affine((2,), shift=nan)
+Affine((2,), scale="2")
 DataSpec((2,), levels=1)
 DataSpec((2,), levels=2.5)
-DataSpec((2,), num_classes=-1)
-DataSpec.integers((2,), levels=0)
+DataSpec((2,), conditions=3)
+DataSpec((2,), levels=0)
 images.data_spec.check(torch.full((2, 1, 4, 4), 99))
 images.data_spec.check(torch.zeros(2, 3, 4, 4))
 images.data_spec.check(torch.zeros(0, 1, 4, 4))
@@ -814,7 +814,7 @@ class Fixtures:
         mixture = sde_lib.GaussianMixture([[-1.0, 0.3], [0.8, -0.5]], std=0.3)
         small = {"network": {"name": "unet", "unet": {"shape": [1, 4, 4], "channels": 8}}, "data_spec": None}
         images = scoresde.ScoreModel.from_config({**self.config, **small}).eval()
-        images.data_spec = scoresde.DataSpec.integers((1, 4, 4), 16)
+        images.data_spec = scoresde.DataSpec((1, 4, 4), 16)
         classed = {"name": "mlp", "mlp": {"shape": [2], "width": 8, "depth": 1, "num_classes": 3}}
         spec = {"shape": [2], "num_classes": 3}
         helpers = ("toy", "file_of", "header", "of", "tensors", "changed", "saved", "folder", "diffusers", "npz")

@@ -168,7 +168,7 @@ def small_model(dtype: torch.dtype = torch.float32, device: object = None) -> Sc
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    model = ScoreModel(network, VPSDE(), "v", data_spec=DataSpec((3, 8, 8), 128.0, 127.5, 256))
+    model = ScoreModel(network, VPSDE(), "v", data_spec=DataSpec((3, 8, 8), 256))
     return model.to(device=torch.device(str(device or "cpu")), dtype=dtype).eval()
 
 

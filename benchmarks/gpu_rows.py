@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scoresde import ScoreModel
+from scoresde.data.conditions import classes
 from scoresde.data.spec import DataSpec
 from scoresde.networks import ADM, DiT, NCSNpp
 from sde_lib import EDMSDE, VESDE, VPSDE
@@ -172,12 +173,13 @@ def _adm(small: bool) -> ScoreModel:
 def _dit(small: bool) -> ScoreModel:
     options = {"width": 32, "depth": 2, "heads": 2} if small else {"width": 384, "depth": 12, "heads": 6}
     size = 16 if small else 32
-    network, spec = DiT((4, size, size), num_classes=1000, **options), DataSpec((4, size, size), num_classes=1000)
+    network = DiT((4, size, size), num_classes=1000, **options)
+    spec = DataSpec((4, size, size), conditions=classes(1000))
     return ScoreModel(network, VPSDE(), "noise", "t999", spec, input_scaling="none")
 
 
-def _spec(size: int, classes: int = 0) -> DataSpec:
-    return DataSpec((3, size, size), shift=128.0, scale=127.5, levels=256, num_classes=classes)
+def _spec(size: int, number: int = 0) -> DataSpec:
+    return DataSpec((3, size, size), levels=256, conditions=classes(number))
 
 
 MODELS: dict[str, Callable[[bool], ScoreModel]] = {

@@ -132,7 +132,7 @@ def main() -> None:
     assert spec is not None and isinstance(model.law, SDE)
     held_out = torch.from_numpy(patches(20_000 + arguments.images)[20_000:]).permute(0, 3, 1, 2)
     u = torch.rand(held_out.shape, generator=torch.Generator().manual_seed(0))
-    x = spec.encode(held_out, u)
+    x = model.encode(held_out, u)
     given = {"sigma_data": model.sigma_data}
     count = sum(p.numel() for p in model.parameters())
     print(f"{count / 1e6:.2f} M parameters, {len(x)} patches, t_min = {model.law.t_min:g}, one thread\n")

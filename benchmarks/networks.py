@@ -76,7 +76,7 @@ def model_of(options: argparse.Namespace) -> ScoreModel:
     n = c.network.ncsnpp
     n.channels, n.blocks, n.dropout = options.channels, options.blocks, 0.0
     torch.manual_seed(0)
-    model = config.make_model(c, DataSpec((3, 32, 32), 128.0, 127.5, 256))
+    model = config.make_model(c, DataSpec((3, 32, 32), 256))
     with torch.no_grad():
         for p in model.parameters():  # the branches begin at zero: let them work
             p.add_(0.02 * torch.randn_like(p))

@@ -138,7 +138,7 @@ assert figures["ODE, truncated normal"] > figures["ODE, uniform, one draw"] + 0.
 # falls with the root of the number of probes, without solving again.
 
 # %%
-x = spec.encode(some[:8])
+x = first.encode(some[:8])
 steps, probes = (8, 16, 32, 64), (2, 4, 8, 16, 32)
 settled = convergence(first.reverse(), x, steps, probes, sigma_data=first.sigma_data)
 print(settled.table())
@@ -163,7 +163,7 @@ found = {name: bits_per_dim(first, data, **options) for name, data in sets.items
 radius = {}
 for name, data in sets.items():
     u = torch.rand(data.shape, generator=torch.Generator().manual_seed(1))
-    radius[name] = encode(first.reverse(), spec.encode(data, u), tol=1e-3).flatten(1).square().mean(1)
+    radius[name] = encode(first.reverse(), first.encode(data, u), tol=1e-3).flatten(1).square().mean(1)
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
 for name in sets:
     left.hist(found[name].per_sample, bins=20, alpha=0.6, label=name)
@@ -186,7 +186,7 @@ assert abs(float(radius["digits"].mean()) - 1) < 0.3 < float(radius["blank"].mea
 # prior's mass is.
 
 # %%
-x = spec.encode(some[:10])
+x = first.encode(some[:10])
 codes = [encode(model.reverse(), x, tol=1e-4) for model in (first, second)]
 flat = [code.flatten(1) for code in codes]
 same = torch.nn.functional.cosine_similarity(flat[0], flat[1])
@@ -197,7 +197,7 @@ assert float(same.mean()) > 0.5 + float(other.mean()) and float(same.min()) > fl
 back = decode(first.reverse(), codes[0], tol=1e-4)
 across = decode(first.reverse(), codes[1], tol=1e-4)
 images(
-    torch.stack([some[:10, 0], *(spec.decode(v)[:, 0] for v in (back, across))]),
+    torch.stack([some[:10, 0], *(first.decode(v)[:, 0] for v in (back, across))]),
     ["digit", "there and back", "code of the other model"],
 )
 print(f"there and back: {float((back - x).abs().max()):.1e}")
@@ -207,5 +207,5 @@ assert float((back - x).abs().max()) < 0.02
 z = codes[0]
 steps = torch.linspace(0, 1, 10)
 rows = [interpolate(z[i].expand(10, 1, 8, 8), z[i + 1].expand(10, 1, 8, 8), steps) for i in range(4)]
-between = [spec.decode(decode(first.reverse(), row, tol=1e-3))[:, 0] for row in rows]
+between = [first.decode(decode(first.reverse(), row, tol=1e-3))[:, 0] for row in rows]
 images(torch.stack(between), [""] * 4)

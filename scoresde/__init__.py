@@ -10,8 +10,21 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import scoresde._neighbours  # noqa: F401  (before the imports that it checks)
-from scoresde.data import DATASETS, Arrays, Checkerboard, Dataset, Digits, Moons, Ring, Spiral
-from scoresde.data.spec import DataSpec
+from scoresde.codecs import CODECS, Affine, Codec
+from scoresde.data import (
+    DATASETS,
+    Arrays,
+    Batch,
+    Checkerboard,
+    ConditionSpec,
+    Dataset,
+    DataSpec,
+    Digits,
+    Moons,
+    Ring,
+    Spiral,
+    Split,
+)
 from scoresde.guidance import ClassifierFreeGuidance, ClipData, inpaint
 from scoresde.latents import decode, encode, interpolate
 from scoresde.likelihood import (
@@ -35,7 +48,7 @@ from scoresde.likelihood import (
 from scoresde.likelihood.dequantization import DEQUANTIZATIONS
 from scoresde.losses import chain_loss, continuous_loss
 from scoresde.metrics import energy_distance, frechet_distance, gaussian_bits_per_dim, mmd2, sliced_wasserstein
-from scoresde.models.score_model import ScoreModel
+from scoresde.models import MODELS, ScoreModel
 from scoresde.networks import ADM, DDPM, MLP, NCSN, NETWORKS, DiT, NCSNpp, NCSNv2, UNet
 from sde_lib import (
     DATA,
@@ -189,6 +202,7 @@ except PackageNotFoundError:  # a bare checkout
 
 __all__ = [
     "ADM",
+    "CODECS",
     "COORDINATES",
     "CORRECTORS",
     "DATA",
@@ -202,6 +216,7 @@ __all__ = [
     "GRIDS",
     "IDDPM",
     "MLP",
+    "MODELS",
     "NCSN",
     "NETWORKS",
     "NOISE_LEVELS",
@@ -217,6 +232,7 @@ __all__ = [
     "VPSDE",
     "AdaptiveDPMSolver",
     "AdaptiveRungeKutta",
+    "Affine",
     "AlignYourSteps",
     "AnalyticAncestral",
     "Ancestral",
@@ -224,6 +240,7 @@ __all__ = [
     "AnnealedLangevin",
     "Arrays",
     "BasisProbes",
+    "Batch",
     "Beta",
     "BitsPerDim",
     "Blended",
@@ -235,7 +252,9 @@ __all__ = [
     "CheckpointError",
     "ClassifierFreeGuidance",
     "ClipData",
+    "Codec",
     "Comparison",
+    "ConditionSpec",
     "Coordinate",
     "Corrector",
     "Cosine",
@@ -310,6 +329,7 @@ __all__ = [
     "Solver",
     "SolverError",
     "Spiral",
+    "Split",
     "Status",
     "StepInfo",
     "SubVPSDE",

@@ -276,8 +276,9 @@ class ScoreModel(nn.Module):
         return _ModelReverse(self, condition)
 
     def check_condition(self, condition: Mapping[str, Any] | None) -> None:
-        """Raise unless `condition` is a mapping, or None, of conditions of the `data_spec` where there is one."""
-        if self.data_spec is not None:
+        """Raise unless `condition` is None or a mapping, and of the conditions that the `data_spec` knows if it knows
+        any: one's own network may take arguments that no specification describes."""
+        if self.data_spec is not None and self.data_spec.conditions:
             self.data_spec.check_condition(condition)
         elif condition is not None and not isinstance(condition, Mapping):
             raise TypeError(
@@ -311,7 +312,7 @@ class ScoreModel(nn.Module):
         shape = (n, *self.state_shape)
         if "device" in options:
             raise ValueError("A model samples where its weights are: move it, model.to(device), instead of `device`.")
-        if condition is not None and self.data_spec is not None:
+        if self.data_spec is not None and self.data_spec.conditions:
             self.data_spec.check_condition(condition, n)
         rev: ReverseSDE = self.reverse(condition)
         if guidance != 1.0:

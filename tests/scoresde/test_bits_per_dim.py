@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scoresde import DataSpec, GaussianMixture, ScoreModel, bits_per_dim
+from scoresde.codecs import Affine
 from scoresde.likelihood.dequantization import as_dequantization, name_of
 from scoresde.likelihood.scores import COLUMNS
 from sde_lib import VPSDE
@@ -26,22 +27,23 @@ class Exact(torch.nn.Module):
         return self.data.reverse(self.law)(x, self.law.knot(label, ndim=x.ndim)).v
 
 
-def model_of(data, spec, t_min=1e-4):
+def model_of(data, spec, t_min=1e-4, codec=None):
     law = VPSDE(t_min=t_min)
-    return ScoreModel(Exact(data, law), law, "v", "time", spec, sigma_data=1.0, input_scaling="none")
+    return ScoreModel(Exact(data, law), law, "v", "time", spec, 1.0, "none", codec=codec)
 
 
 LINE = GaussianMixture([[-0.4], [0.5]], std=[0.15, 0.1], weights=[0.6, 0.4])
 """A density on the line, in model units."""
-SPEC = DataSpec.integers((1,), 16)
+SPEC = DataSpec((1,), 16)
 
 
 def mass(data, spec, knot, points=4000):
     """log P of every bin under the density of y = x / alpha at a knot, and log p at points within, in data units."""
     u = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-    z = (torch.arange(spec.levels).double()[:, None] + u - spec.shift) / spec.scale
+    half = spec.levels / 2  # the default codec spreads the levels over [-1, 1)
+    z = (torch.arange(spec.levels).double()[:, None] + u - half) / half
     log_p = data.log_prob(knot.alpha * z.reshape(-1, 1), knot).reshape(spec.levels, -1)
-    log_p = log_p + math.log(knot.alpha / spec.scale)
+    log_p = log_p + math.log(knot.alpha / half)
     return torch.logsumexp(log_p, 1) - math.log(points), log_p
 
 
@@ -68,12 +70,12 @@ def test_truncated_normal_dequantization_of_a_known_law(t_min):
     model = model_of(LINE, SPEC, t_min)
     knot = model.law.knot(t_min)
     k = torch.arange(16)[:, None]
-    draw = as_dequantization("truncated_normal", SPEC, knot)
+    draw = as_dequantization("truncated_normal", model.codec, knot)
     noise = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, log_q = draw(torch.zeros(200_000, 1), noise)
     assert float(u.min()) >= 0 and float(u.max()) <= 1
     # E_q[1 / q] = 1 over the part of the bin that q reaches: all of it for wide noise
-    ratio = SPEC.scale * float(knot.sigma / knot.alpha)
+    ratio = model.codec.scale * float(knot.sigma / knot.alpha)
     width = float((-log_q).exp().mean())
     assert abs(width - 1) < 0.02 or ratio < 0.15
     assert abs(float(u.mean()) - 0.5) < 4 * float(u.std()) / math.sqrt(200_000)
@@ -107,7 +109,7 @@ def test_the_noise_of_traces_does_not_lift_an_importance_weighted_bound():
     g = torch.Generator().manual_seed(0)
     root = torch.randn(8, 8, generator=g, dtype=torch.float64) / 4
     data = GaussianMixture(torch.zeros(1, 8), covariances=(root @ root.T + 0.02 * torch.eye(8))[None])
-    model = model_of(data, DataSpec.integers((8,), 16))
+    model = model_of(data, DataSpec((8,), 16))
     counts = torch.full((1, 8), 8)
     options = {"dequantization": "uniform", "samples": 4, "bound": "iw", "steps": 16, "doubling": False}
     noisy = bits_per_dim(model, counts.expand(300, 8), divergence="hutchinson", num_probes=8, **options)
@@ -142,15 +144,14 @@ def test_a_density_of_ones_own():
 
 def test_auto_takes_the_normal_where_it_fills_the_bin():
     wide, narrow = VPSDE(t_min=1e-3), VPSDE(t_min=1e-5)
-    spec = DataSpec.integers((3, 8, 8), 256)
-    assert name_of("auto", spec, wide.knot(1e-3)) == "truncated_normal"
-    assert name_of("auto", spec, narrow.knot(1e-5)) == "uniform"
+    codec = Affine.fit(DataSpec((3, 8, 8), 256))
+    assert name_of("auto", codec, wide.knot(1e-3)) == "truncated_normal"
+    assert name_of("auto", codec, narrow.knot(1e-5)) == "uniform"
 
 
 def test_continuous_data_account_for_their_scaling():
     """A Gaussian in data units: its own log density, whatever shift and scale the model works in."""
-    spec = DataSpec((2,), shift=5.0, scale=4.0)
-    model = model_of(GaussianMixture([[0.0, 0.0]], std=0.5), spec, 1e-5)
+    model = model_of(GaussianMixture([[0.0, 0.0]], std=0.5), DataSpec((2,)), 1e-5, Affine((2,), 5.0, 4.0))
     z = 5.0 + 2.0 * torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     result = bits_per_dim(model, z, tol=1e-5)
     want = -torch.distributions.Normal(5.0, 2.0).log_prob(z).sum(1) / (2 * math.log(2))
@@ -160,7 +161,7 @@ def test_continuous_data_account_for_their_scaling():
 
 def test_results_depend_on_seed_and_sample_alone():
     """Not on batches, nor on devices, nor on the order."""
-    spec = DataSpec.integers((2,), 5)
+    spec = DataSpec((2,), 5)
     model = model_of(GaussianMixture([[-0.4, 0.1], [0.5, 0.2]], std=[0.3, 0.2]), spec)
     counts = torch.randint(0, 5, (7, 2), generator=torch.Generator().manual_seed(0))
     options = {"divergence": "hutchinson", "steps": 16, "samples": 2}
@@ -174,7 +175,7 @@ def test_results_depend_on_seed_and_sample_alone():
 
 def test_a_killed_run_goes_on(tmp_path):
     """Rows are there as they are done; a half-written one is done again; the result is that of one go."""
-    spec = DataSpec.integers((2,), 5)
+    spec = DataSpec((2,), 5)
     data = GaussianMixture([[-0.4, 0.1], [0.5, 0.2]], std=[0.3, 0.2])
     model = model_of(data, spec)
     counts = torch.randint(0, 5, (9, 2), generator=torch.Generator().manual_seed(0))
@@ -240,7 +241,7 @@ def _scored_by_two(rank, folder, queue):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=folder[0], RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
-    spec = DataSpec.integers((2,), 5)
+    spec = DataSpec((2,), 5)
     model = model_of(GaussianMixture([[-0.4, 0.1], [0.5, 0.2]], std=[0.3, 0.2]), spec)
     counts = torch.randint(0, 5, (7, 2), generator=torch.Generator().manual_seed(0))
     time.sleep(0.5 * rank)  # the first is done with some rows before the other looks
@@ -259,7 +260,7 @@ def test_processes_share_the_work(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    spec = DataSpec.integers((2,), 5)
+    spec = DataSpec((2,), 5)
     model = model_of(GaussianMixture([[-0.4, 0.1], [0.5, 0.2]], std=[0.3, 0.2]), spec)
     counts = torch.randint(0, 5, (7, 2), generator=torch.Generator().manual_seed(0))
     path = tmp_path / "scores.csv"
@@ -290,7 +291,7 @@ def test_a_target_for_the_noise_of_the_traces():
     g = torch.Generator().manual_seed(0)
     root = torch.randn(20, 20, generator=g, dtype=torch.float64) / 6
     data = GaussianMixture(torch.zeros(1, 20), covariances=(root @ root.T + 0.02 * torch.eye(20))[None])
-    model = model_of(data, DataSpec.integers((20,), 16))
+    model = model_of(data, DataSpec((20,), 16))
     counts = torch.full((4, 20), 8)
     plain = bits_per_dim(model, counts, steps=16)
     fine = bits_per_dim(model, counts, steps=16, target_se=0.3)
@@ -299,7 +300,7 @@ def test_a_target_for_the_noise_of_the_traces():
 
 
 def test_the_summary_says_what_the_figure_is():
-    spec = DataSpec.integers((2,), 5)
+    spec = DataSpec((2,), 5)
     data = GaussianMixture([[-0.4, 0.1], [0.5, 0.2]], std=[0.3, 0.2])
     model = model_of(data, spec)
     counts = torch.randint(0, 5, (6, 2), generator=torch.Generator().manual_seed(0))
@@ -320,7 +321,7 @@ def test_failed_samples_are_left_out_and_counted():
             v = super().forward(x, label)
             return torch.where((x[:, :1] > 0.9) & (label[:, None] < 0.5), math.nan, v)
 
-    law, spec = VPSDE(), DataSpec.integers((2,), 4)
+    law, spec = VPSDE(), DataSpec((2,), 4)
     data = GaussianMixture([[0.0, 0.0]], std=[0.5])
     model = ScoreModel(Broken(data, law), law, "v", "time", spec, 1.0, "none")
     counts = torch.tensor([[0, 1], [3, 3], [1, 2]])
@@ -341,7 +342,7 @@ def test_failed_samples_are_left_out_and_counted():
     ],
 )
 def test_bad_data_are_refused(data, message):
-    model = model_of(GaussianMixture([[0.0, 0.0]], std=1.0), DataSpec.integers((2,), 5))
+    model = model_of(GaussianMixture([[0.0, 0.0]], std=1.0), DataSpec((2,), 5))
     with pytest.raises(ValueError, match=message):
         bits_per_dim(model, data)
 
@@ -349,7 +350,7 @@ def test_bad_data_are_refused(data, message):
 def test_bad_arguments_are_refused():
     law = VPSDE()
     data = GaussianMixture([[0.0, 0.0]], std=1.0)
-    model = model_of(data, DataSpec.integers((2,), 5))
+    model = model_of(data, DataSpec((2,), 5))
     counts = torch.zeros(3, 2, dtype=torch.int64)
     for options, message in (
         ({"levels": 256}, "5 levels"),
@@ -373,6 +374,6 @@ def test_bad_arguments_are_refused():
             bits_per_dim(model, counts, **options)
     with pytest.raises(ValueError, match="data_spec"):
         bits_per_dim(ScoreModel(Exact(data, law), law, "v", "time", None, 1.0, "none"), counts)
-    chain = ScoreModel(Exact(data, law), law.discretize(50), "v", "index", DataSpec.integers((2,), 5), 1.0, "none")
+    chain = ScoreModel(Exact(data, law), law.discretize(50), "v", "index", DataSpec((2,), 5), 1.0, "none")
     with pytest.raises(ValueError, match="chain"):
         bits_per_dim(chain, counts)

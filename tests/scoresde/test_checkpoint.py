@@ -34,7 +34,8 @@ def model(width=16, dtype=torch.float32):
     config = {
         "network": {"name": "mlp", "mlp": options},
         "sde": {"name": "vp", "vp": {"beta_max": 15.0}},
-        "data_spec": {"shape": [2], "shift": 0.5, "scale": 2.0},
+        "data_spec": {"shape": [2]},
+        "codec": {"name": "affine", "affine": {"data_shape": [2], "shift": 0.5, "scale": 2.0}},
         "parameterization": "noise",
     }
     made = ScoreModel.from_config(config).to(dtype)
@@ -61,7 +62,8 @@ def test_model_comes_back_from_its_file_alone(tmp_path, dtype):
     x, t = torch.randn(5, 2, dtype=dtype), torch.full((5,), 0.3, dtype=dtype)
     assert torch.equal(made(x, t).score, back(x, t).score) and not back.training
     assert back.law == made.law and back.law.beta_max == 15.0
-    assert back.data_spec == DataSpec((2,), 0.5, 2.0) and back.config() == made.config()
+    assert back.data_spec == DataSpec((2,)) and back.config() == made.config()
+    assert back.codec.config() == made.codec.config()
     assert [p.name for p in path.parent.iterdir()] == ["m.safetensors"]
 
 

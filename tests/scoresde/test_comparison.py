@@ -412,7 +412,7 @@ def test_everybody_starts_alike_and_any_grid_or_end():
     assert row["status"] == "ok" and "50 levels" in row["reference"] and row["path_rms"] > 0
     one = compare(GAUSSIAN.reverse(FlowSDE()), "recommended,heun", shape=(3,), n=8, nfe=(6, 12), **QUICK).rows
     assert {row["status"] for row in one} == {"ok"}
-    model = ScoreModel(UNet((1, 8, 8), channels=8), SDE, "v", data_spec=DataSpec.integers((1, 8, 8), 17))
+    model = ScoreModel(UNet((1, 8, 8), channels=8), SDE, "v", data_spec=DataSpec((1, 8, 8), 17))
     (row,) = compare(model, "ddim", n=4, nfe=(4,), repetitions=1, **QUICK).rows
     assert row["status"] == "ok" and row["samples"] == 4
 

@@ -8,6 +8,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from scoresde import SDES, VPSDE, DataSpec, GaussianMixture, ScoreModel, elbo, elbo_of_data, log_likelihood
+from scoresde.codecs import Affine
 from scoresde.likelihood.bound import Run, Variances
 from scoresde.likelihood.bound_chain import log_decoder, step_kl
 from scoresde.likelihood.bound_sde import log_softmax
@@ -118,7 +119,8 @@ def test_neither_beats_the_ode():
 # --- integers --------------------------------------------------------------------------------------------------------
 
 LINE = GaussianMixture([[-0.4], [0.5]], std=[0.15, 0.1], weights=[0.6, 0.4])
-SPEC = DataSpec.integers((1,), 16)
+SPEC = DataSpec((1,), 16)
+CODEC = Affine.fit(SPEC)
 
 
 class OfBins(torch.nn.Module):
@@ -126,7 +128,7 @@ class OfBins(torch.nn.Module):
 
     def __init__(self, weights, law):
         super().__init__()
-        middles = (torch.arange(16.0) + 0.5 - SPEC.shift) / SPEC.scale
+        middles = CODEC.encode(torch.arange(16.0) + 0.5)
         self.data, self.law = GaussianMixture(middles[:, None], std=0.0, weights=weights), law
 
     def forward(self, x, label, class_label=None):
@@ -159,7 +161,7 @@ def test_integers_of_a_known_law(kind):
 
 def test_decoders_are_laws_of_the_levels():
     """Their probabilities sum to one, in the middle and far outside."""
-    middles = (torch.arange(16.0, dtype=torch.float64)[:, None] + 0.5 - SPEC.shift) / SPEC.scale
+    middles = CODEC.encode(torch.arange(16.0, dtype=torch.float64)[:, None] + 0.5)
     chain = VPSDE().discretize(50)
     for state in (-30.0, -0.3, 0.0, 0.9, 4.0):
         y = torch.full_like(middles, state)
@@ -195,10 +197,10 @@ def test_the_bound_of_ddpm_written_out():
     """Ho et al.'s L_T + sum L_t + L_0 from betas alone, with the same noise."""
     n, levels = 40, 8
     chain = VPSDE().discretize(n)
-    spec = DataSpec.integers((3,), levels)
+    spec = DataSpec((3,), levels)
     g = torch.Generator().manual_seed(3)
     k = torch.randint(0, levels, (5, 3), generator=g)
-    x = spec.encode(k, dtype=torch.float64)
+    x = Affine.fit(spec).encode(spec.dequantize(k, dtype=torch.float64))
     weight = torch.randn(3, 3, generator=g, dtype=torch.float64)
 
     def eps(v, i):
@@ -329,25 +331,24 @@ def test_integers_dequantized_uniformly():
     result = elbo_of_data(model, k, times=256)
     assert "dequantized uniformly" in result.what
     u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
-    want = -LINE.log_prob(SPEC.encode(k[:2], u, dtype=torch.float64).reshape(-1, 1)).reshape(2, -1).mean(1)
-    want = (want + math.log(SPEC.scale)) / math.log(2)
+    want = -LINE.log_prob(CODEC.encode(SPEC.dequantize(k[:2], u, torch.float64)).reshape(-1, 1)).reshape(2, -1).mean(1)
+    want = (want + math.log(CODEC.scale)) / math.log(2)
     figures = result.per_sample.reshape(300, 2)
     assert ((figures.mean(0) - want).abs() < 4 * figures.std(0) / math.sqrt(300) + 0.005).all()
 
 
 def test_data_sets_are_whole_and_in_bits():
-    spec = DataSpec((2,), shift=1.0, scale=2.0)
     law = VPSDE(t_min=1e-4)
 
     class Exact(torch.nn.Module):
         def forward(self, x, label):
             return MIXTURE.reverse(law)(x, law.knot(label, ndim=x.ndim)).v
 
-    model = ScoreModel(Exact(), law, "v", "time", spec, 1.0, "none").double()
-    z = spec.decode(MIXTURE.sample(7, torch.Generator().manual_seed(0), torch.float64))
+    model = ScoreModel(Exact(), law, "v", "time", DataSpec((2,)), 1.0, "none", codec=Affine((2,), 1.0, 2.0)).double()
+    z = model.decode(MIXTURE.sample(7, torch.Generator().manual_seed(0), torch.float64))
     first, second = (elbo_of_data(model, z, batch_size=b, times=512) for b in (7, 3))
     torch.testing.assert_close(first.per_sample, second.per_sample, rtol=1e-5, atol=1e-5)
-    want = -(MIXTURE.log_prob(spec.encode(z, dtype=torch.float64)) - 2 * math.log(2.0)) / (2 * math.log(2))
+    want = -(MIXTURE.log_prob(model.encode(z, dtype=torch.float64)) - 2 * math.log(2.0)) / (2 * math.log(2))
     assert ((first.per_sample - want).abs() < 5 * first.sample_error + 0.01).all()
 
 

@@ -18,7 +18,7 @@ from scoresde.figures import COLOURS, LINES, STYLE, image_rows, panels, plain_ti
 from scoresde.likelihood.bits import BitsPerDim
 from scoresde.likelihood.pictures import Convergence, budget, histogram
 
-SPEC = DataSpec.integers((1, 8, 8), 17)
+SPEC = DataSpec((1, 8, 8), 17)
 IMAGES = torch.arange(5 * 64).reshape(5, 1, 8, 8) % 17
 
 

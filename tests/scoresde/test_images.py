@@ -21,16 +21,16 @@ def test_grid_places_every_image_and_scales_its_values():
 
 def test_density_counts_points_with_y_upwards():
     points = torch.tensor([[0.9, 0.9], [0.9, 0.9], [0.9, 0.9], [0.9, 0.9], [-0.9, -0.9], [5.0, 0.0]])
-    image = point_density(points, 1.0, bins=4)[..., 0]
+    image = point_density(points, -1.0, 1.0, bins=4)[..., 0]
     assert int(image[0, 3]) == 255 and int(image[3, 0]) == 128 and int(image.long().sum()) == 383
 
 
 def test_picture_knows_the_shapes_it_can_show(tmp_path):
-    assert picture(torch.zeros(4, 1, 8, 8), DataSpec.integers((1, 8, 8), 17)).shape[2] == 1
+    assert picture(torch.zeros(4, 1, 8, 8), DataSpec((1, 8, 8), 17)).shape[2] == 1
     assert picture(torch.zeros(4, 3, 8, 8), DataSpec((3, 8, 8))).shape[2] == 3
     assert picture(torch.zeros(4, 2), DataSpec((2,))).ndim == 3
     assert picture(torch.zeros(4, 5), DataSpec((5,))) is None
-    image = picture(torch.full((4, 1, 8, 8), 16), DataSpec.integers((1, 8, 8), 17), columns=4)
+    image = picture(torch.full((4, 1, 8, 8), 16), DataSpec((1, 8, 8), 17), columns=4)
     save_png(image, tmp_path / "a" / "x.png")
     with Image.open(tmp_path / "a" / "x.png") as back:
         assert np.array_equal(np.asarray(back), image[..., 0].numpy())
@@ -42,4 +42,4 @@ def test_bad_pictures_are_refused():
         with pytest.raises(ValueError, match=r"shape|low"):
             image_grid(torch.zeros(shape), 0, high)
     with pytest.raises(ValueError, match=r"\(N, 2\)"):
-        point_density(torch.zeros(3, 3), 1.0)
+        point_density(torch.zeros(3, 3), -1.0, 1.0)

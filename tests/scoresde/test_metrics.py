@@ -154,7 +154,7 @@ def test_features_and_what_is_refused():
 
 def test_the_gaussian_baseline_is_the_expected_log_density():
     """Closed form over the dequantization noise against Monte Carlo over the same noise."""
-    spec = DataSpec.integers((3,), 9)
+    spec = DataSpec((3,), 9)
     generator = torch.Generator().manual_seed(0)
     train, held = (torch.randint(0, 9, (n, 3), generator=generator) for n in (400, 50))
     bits, error = gaussian_bits_per_dim(train, held, spec)

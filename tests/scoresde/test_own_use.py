@@ -29,6 +29,7 @@ from scoresde import (
     sliced_wasserstein,
     train,
 )
+from scoresde.data.conditions import classes
 
 
 class Zero(nn.Module):
@@ -51,14 +52,14 @@ def test_the_loss_takes_data_units(law):
     """An answer of 0 for x_0 costs the mean square of the encoded data: of integers k = 8 in 0 … 16 with u uniform,
     (u - 1/2)^2 / 8.5^2 = 1 / (12 * 8.5^2). 4096 draws of (u - 1/2)^2 have a relative standard error of
     sqrt(4 / 5) / 64 = 0.014."""
-    spec = DataSpec.integers((1, 8, 8), 17)
+    spec = DataSpec((1, 8, 8), 17)
     model = ScoreModel(Zero(), law, "data", data_spec=spec)
     data = torch.full((64, 1, 8, 8), 8)
     rng = torch.Generator().manual_seed(0)
     loss = model.loss(data, rng=rng, weighting="raw", condition={"y": 1})
     assert abs(loss.item() * 12 * 8.5**2 - 1) < 4 * 0.014 and model.network.condition == {"y": 1}
     with pytest.raises(ValueError, match="already scaled"):
-        model.loss(spec.encode(data - 1))
+        model.loss(model.encode(data - 1))
     with pytest.raises(TypeError, match="tensor"):
         model.loss([[0.0]])
     x = torch.randn(5, 3)
@@ -129,7 +130,7 @@ def test_a_denoiser_is_exported(law):
 )
 def test_classes_that_are_none_are_refused(labels, error, words):
     """At every door: reverse, given, sample, and the loss."""
-    model = ScoreModel(MLP((2,), 3, width=8, depth=1), VPSDE(), data_spec=DataSpec((2,), num_classes=3))
+    model = ScoreModel(MLP((2,), 3, width=8, depth=1), VPSDE(), data_spec=DataSpec((2,), conditions=classes(3)))
     condition = {"class_label": labels}
     for door in (
         lambda: model.reverse(condition),
@@ -175,7 +176,7 @@ MODEL = ScoreModel(MLP((2,), width=8, depth=1), VPSDE(), data_spec=DataSpec((2,)
         (lambda: ScoreModel.from_config({"network": {}, "sde": {}, "leves": 3}), ValueError, "'leves'"),
         (lambda: DataSpec(3), ValueError, "`shape`"),
         (lambda: DataSpec((2,), levels=2.5), ValueError, "`levels`"),
-        (lambda: DataSpec((2,), num_classes=-1), ValueError, "`num_classes`"),
+        (lambda: DataSpec((2,), conditions={"a b": 3}), TypeError, "`conditions`"),
         (lambda: DataSpec((2,)).check(torch.zeros(0, 2)), ValueError, "empty"),
     ],
 )

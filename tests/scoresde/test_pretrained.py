@@ -28,6 +28,8 @@ from scoresde import (
 )
 from scoresde import config as configs
 from scoresde.cli import main
+from scoresde.codecs import Affine
+from scoresde.data.conditions import classes as kinds
 from scoresde.networks import ADM, NETWORKS, DiT, UNet
 from scoresde.networks.dit import published_names
 from scoresde.pretrained import MismatchError, edm, edm_pickle, guided_diffusion, load, score_sde
@@ -343,7 +345,7 @@ def test_published_sizes_of_adm(size, multipliers, options, millions):
 def test_learned_variances_enter_the_bound():
     """log variance between log beta (output 1) and the posterior's (output -1), and the chain's bound with it."""
     net = tiny_adm(learned_variance=True, channels=16, head_channels=8)
-    spec = DataSpec.integers((3, 8, 8), 256)
+    spec = DataSpec((3, 8, 8), 256)
     model = ScoreModel(net, VPSDE().discretize(50), "noise", "index", spec, input_scaling="none")
     x = torch.randn(2, 3, 8, 8)
     index = torch.tensor([0, 30])
@@ -497,7 +499,7 @@ def small_model(levels=0, classes=0):
         {
             "network": {"name": "unet", "unet": options}, "sde": {"name": "vp", "vp": {}}, "parameterization": "v",
             "levels": levels,
-            "data_spec": {"shape": [1, 8, 8], "shift": 8.0, "scale": 8.0, "levels": 16, "num_classes": classes},
+            "data_spec": DataSpec((1, 8, 8), 16, kinds(classes)).to_dict(),
         }
     )  # fmt: skip
 
@@ -620,7 +622,8 @@ def test_options_that_would_change_nothing_are_refused(tmp_path):
 def hollow(name, path):
     """A checkpoint file of an experiment with its full shapes: every tensor is one zero, expanded."""
     config = configs.load(name)
-    plain = configs.model_config(config, DataSpec(tuple(config.data.shape)))
+    shape = tuple(config.data.shape)
+    plain = configs.model_config(config, DataSpec(shape), Affine(shape))
     with torch.device("meta"):
         net = build(NETWORKS, plain["network"], "network")
     own = net.state_dict()

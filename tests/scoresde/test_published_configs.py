@@ -8,6 +8,7 @@ import torch
 
 from scoresde import DataSpec, log_likelihood
 from scoresde import config as configs
+from scoresde.data.conditions import classes
 from scoresde.pretrained import score_sde
 from scoresde.pretrained.experiments import EXPERIMENTS
 from scoresde.training import train
@@ -24,7 +25,7 @@ MILLIONS = {
 }  # fmt: skip
 
 
-def classes(config):
+def number_of_classes(config):
     if not config.data.arrays.labels_key:
         return 0
     return 1000 if config.data.shape[1] == 64 else 10
@@ -35,7 +36,7 @@ def test_it_says_where_it_comes_from_and_has_the_published_size(name):
     text = ast.get_docstring(ast.parse(configs.find(name).read_text(encoding="utf-8")))
     assert "\nSource: " in text and "arXiv:" in text and "\nPublished: " in text
     config = configs.load(name)
-    spec = DataSpec(tuple(config.data.shape), 128.0, 127.5, 256, classes(config))
+    spec = DataSpec(tuple(config.data.shape), 256, classes(number_of_classes(config)))
     with torch.device("meta"):
         model = configs.make_model(config, spec)
     if name in MILLIONS:
@@ -85,7 +86,7 @@ def test_two_steps_samples_and_scores(name, tmp_path):
     x = sample(model.reverse(), (2, 3, 16, 16), solver, end=config.sampling.end, **options).x
     assert x.shape == (2, 3, 16, 16) and bool(x.isfinite().all())
     data = torch.from_numpy(np.load(tmp_path / "images.npz")["data"][:2]).permute(0, 3, 1, 2)
-    y = model.data_spec.encode(data)
+    y = model.encode(data)
     if isinstance(model.law, Chain):
         assert bool(model(y, 3).score.isfinite().all())
         return

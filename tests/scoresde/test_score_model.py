@@ -26,6 +26,7 @@ from scoresde import (
     sample,
     solve,
 )
+from scoresde.codecs import Affine
 from solvers import make_knots
 
 
@@ -43,25 +44,51 @@ class Spy(nn.Module):
 @pytest.mark.parametrize("levels", [2, 17, 256])
 def test_every_integer_owns_its_bin(levels):
     """decode(encode(k + u)) = k for u from 0 to just below 1, and model units span [-1, 1)."""
-    spec = DataSpec.integers((1,), levels)
+    spec = DataSpec((1,), levels)
+    codec = Affine.fit(spec)
     k = torch.arange(levels)[:, None]
     for u in (0.0, 0.25, None, 1.0 - 2.0**-20):
-        x = spec.encode(k, u, torch.float64)
+        x = codec.encode(spec.dequantize(k, u, torch.float64))
         assert x.min() >= -1.0 and x.max() < 1.0
-        assert torch.equal(spec.decode(x), k)
-    assert spec.decode(torch.tensor([[-3.0], [3.0]])).flatten().tolist() == [0, levels - 1]
+        assert torch.equal(spec.quantize(codec.decode(x)), k)
+    assert spec.quantize(codec.decode(torch.tensor([[-3.0], [3.0]]))).flatten().tolist() == [0, levels - 1]
 
 
 def test_continuous_data_go_there_and_back():
-    spec = DataSpec((2,), shift=3.0, scale=0.5)
+    model = ScoreModel(Spy(), VPSDE(), data_spec=DataSpec((2,)), codec=Affine((2,), shift=3.0, scale=0.5))
     z = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(spec.decode(spec.encode(z, dtype=torch.float64)), z)
+    torch.testing.assert_close(model.decode(model.encode(z, dtype=torch.float64)), z)
 
 
-@pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": math.nan}, {"levels": 1}, {"shape": (0,)}])
+@pytest.mark.parametrize("options", [{"range": (1.0, 0.0)}, {"layout": "CC"}, {"levels": 1}, {"shape": (0,)}])
 def test_bad_specifications(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        DataSpec(**{"shape": (2,), **options})
+        DataSpec(**{"shape": (2, 2), **options})
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.0}, {"scale": math.nan}, {"shift": math.inf}, {"scale": (1, 2, 3)}])
+def test_bad_codecs(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Affine((2,), **options)
+
+
+@pytest.mark.parametrize("per", ["all", "channel", "element"])
+def test_an_affine_codec_is_fitted_per_column(per):
+    """Mean 0 and deviation 1 of what is taken together; the volume is the Jacobian's; tables move with the data."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(500, 2, 3, generator=generator, dtype=torch.float64) * torch.tensor([[1.0], [4.0]]) + 3.0
+    codec = Affine.fit(DataSpec((2, 3)), z, per=per)
+    x = codec.encode(z)
+    over = {"all": (0, 1, 2), "channel": (0, 2), "element": (0,)}[per]
+    std, mean = torch.std_mean(x, over, correction=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-12)
+    torch.testing.assert_close(std, torch.ones_like(std))
+    torch.testing.assert_close(codec.decode(x), z)
+    jacobian = torch.autograd.functional.jacobian(lambda v: codec.encode(v.reshape(1, 2, 3)).flatten(), z[0].flatten())
+    assert codec.log_volume == pytest.approx(float(torch.linalg.slogdet(jacobian).logabsdet), abs=1e-9)
+    again = Affine(**codec.config())
+    x = again.encode(z.float())
+    assert torch.equal(x, codec.encode(z.float())) and x.dtype == torch.float32
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -142,7 +169,8 @@ def test_config_round_trip():
         "network": {"name": "mlp", "mlp": {"shape": [2], "width": 16, "depth": 1}},
         "sde": {"name": "ve", "ve": {"sigma_max": 5.0}},
         "parameterization": "edm",
-        "data_spec": {"shape": [2], "shift": 0.0, "scale": 2.0, "levels": None, "num_classes": 0},
+        "data_spec": {"shape": [2]},
+        "codec": {"name": "affine", "affine": {"data_shape": [2], "shift": 0.0, "scale": 2.0}},
     }
     model = ScoreModel.from_config(config)
     again = ScoreModel.from_config(json.loads(json.dumps(model.config())))
@@ -171,7 +199,7 @@ def test_bad_models_and_calls():
 
 
 def test_samples_come_in_data_units_and_dropout_is_off():
-    spec = DataSpec.integers((1, 4, 4), 9)
+    spec = DataSpec((1, 4, 4), 9)
     network = nn.Sequential()  # the identity
 
     class Net(nn.Module):

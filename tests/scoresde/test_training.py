@@ -233,6 +233,7 @@ def test_it_learns_the_ring(tmp_path):
     options = ["steps=600", "batch_size=256", "log_every=100", "eval_every=0", "checkpoint_every=0", "decay=cosine"]
     overrides = [f"--config.training.{o}" for o in options]
     overrides += ["--config.network.mlp.width=64", "--config.network.mlp.depth=3", "--config.data.ring.n=5000"]
+    overrides += ["--config.codec.affine.shift=0.0", "--config.codec.affine.scale=1.0"]  # states are data
     result = run(tmp_path, *overrides, "--config.training.learning_rate=3e-3")
     x_0 = result.data.held_out.data.repeat(8, 1)
 
