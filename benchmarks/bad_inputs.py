@@ -660,11 +660,11 @@ $ sample --workdir=RUN --config.sampling.grid.name=karas --out=TMP/s.npy
 $ sample --checkpoint=FILE --out=TMP/s.npy
 $ sample --workdir=BROKEN:config.json:{ --out=TMP/s.npy
 $ sample --workdir=BROKEN:config.json:[] --out=TMP/s.npy
-$ sample --workdir=BROKEN:checkpoints/STEP/ema.safetensors:x --out=TMP/s.npy
+$ sample --workdir=BROKEN:checkpoints/STEP/average.ema.safetensors:x --out=TMP/s.npy
 $ train --config=RUN/config.json --workdir=BROKEN:checkpoints/STEP/state.json:{
 $ train --config=RUN/config.json --workdir=BROKEN:checkpoints/STEP/state.json:[]
 $ train --config=RUN/config.json --workdir=BROKEN:checkpoints/STEP/state.json:{}
-$ train --config=RUN/config.json --workdir=BROKEN:checkpoints/STEP/optimizer.safetensors:x
+$ train --config=RUN/config.json --workdir=BROKEN:checkpoints/STEP/optimizer.train.safetensors:x
 $ train --config=RUN/config.json --workdir=BROKEN:metrics.jsonl:[1]
 $ likelihood --workdir=nowhere
 $ likelihood --workdir=RUN --n=0 --out=TMP

@@ -172,9 +172,9 @@ def flips(place: Path, whole: Path, each: int, chance: random.Random) -> dict[st
     shutil.copytree(source, folder)
     uses: dict[Path, Callable[[], Any]] = {
         single: lambda: load_model(single),
-        folder / "ema.safetensors": lambda: load_model(folder),
-        folder / "model.safetensors": lambda: load_model(folder, ema=False),
-        folder / "optimizer.safetensors": lambda: read_checkpoint(folder),
+        folder / "average.ema.safetensors": lambda: load_model(folder),
+        folder / "part.model.safetensors": lambda: load_model(folder, ema=False),
+        folder / "optimizer.train.safetensors": lambda: read_checkpoint(folder),
         folder / "state.json": lambda: read_checkpoint(folder),
     }
     found = {}

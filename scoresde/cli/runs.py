@@ -45,5 +45,5 @@ def open_run(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Confi
 
 
 def _above(file: Path) -> list[Path]:
-    """config.json of the run that a checkpoint folder lies in: workdir/checkpoints/step_…/ema.safetensors."""
+    """config.json of the run that a checkpoint folder lies in: workdir/checkpoints/step_…/average.ema.safetensors."""
     return [file.resolve().parents[2] / "config.json"] if len(file.resolve().parents) > 2 else []

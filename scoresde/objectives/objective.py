@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -69,11 +70,22 @@ class Objective(nn.Module):
     times), and have to be in one process's part. 1: every row by itself."""
     trains: ClassVar[str] = "model"
     """Name of the part that `result` is made of."""
+    ema_decay: float = 0.999
+    """Decay of the average that `averages` has by default; a run sets it to ``training.ema_decay``."""
+    optimizers: Mapping[str, Mapping[str, Any]] = {}
+    """Phase -> options of its optimizer that differ from those of the section `training`, and `updates` per step:
+    ``{"critic": {"learning_rate": 1e-4, "updates": 2}}``. A configuration may change them in ``training.phases``."""
 
     def averages(self) -> dict[str, Average]:
         """Name -> a moving average of a part's weights, kept by the loop and read in `At.averages`. The first one of
         the part that `trains` names is what is sampled from."""
-        return {"ema": Average(self.trains)}
+        return {"ema": Average(self.trains, self.ema_decay)}
+
+    def frozen(self) -> Mapping[str, Path | nn.Module]:
+        """What the loss depends on and training leaves alone, by name: a teacher, or the file that it was read from.
+        The loop puts modules on its device and into evaluation mode. Digests of their tensors, or of the file, are
+        saved with the run, and a resumed run with others is refused."""
+        return {}
 
     def forward(self, phase: str, batch: Batch, at: At) -> Tensor:
         """(B,) losses of a part of the global batch; the loop takes their mean.

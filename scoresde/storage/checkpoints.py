@@ -1,10 +1,11 @@
 """Checkpoints of a run: folders of safetensors and JSON, written whole, read without unpickling anything.
 
-A checkpoint is a folder `step_00001000/` with `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and
-`state.json` (step, configuration, counters, and the digest of every tensor file). It is written under a
-temporary name beside its place, synced to disk and renamed, so a folder of that name is always complete: a kill or a
-full disk in the middle leaves the earlier ones as they were. Every file holds a digest of itself. Model files carry
-the model's configuration in their header and can be loaded alone.
+A checkpoint is a folder `step_00001000/` with one safetensors file per thing that has a name (a part that is trained,
+an average of one, an optimizer) and `state.json`: step, configuration, counters, the digest of every tensor file, and
+which of the files are the model, raw and averaged. It is written under a temporary name beside its place, synced to
+disk and renamed, so a folder of that name is always complete: a kill or a full disk in the middle leaves the earlier
+ones as they were. Every file holds a digest of itself. Model files carry the model's configuration in their header and
+can be loaded alone.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from torch import Tensor
 
 from scoresde.storage.digests import BLANK, KEY, intact, sealed
 from scoresde.storage.files import INCOMPLETE, one_line, read_json, sync, write_whole
-from scoresde.storage.tensors import FORMAT, CheckpointError, not_finite, read_tensors, write_tensors
+from scoresde.storage.tensors import FORMAT, CheckpointError, not_finite, other_format, read_tensors, write_tensors
 
-TENSOR_FILES = ("model", "ema", "optimizer")
 STATE = "state.json"
+OWN = "objective"
+"""File of an objective's own buffers, which may hold what they like: infinities, too."""
 _STEP = re.compile(r"step_(\d{8,})$")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class Checkpoint:
     Attributes:
         path: the folder.
         step: optimizer steps done.
-        tensors: per file ("model", "ema", "optimizer"), tensors by name.
+        tensors: per file ("part.model", "average.ema", "optimizer.train" …), tensors by name.
         state: everything else, from state.json.
     """
 
@@ -66,7 +69,8 @@ def save_checkpoint(
     step: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
-    model_config: Mapping[str, Any],
+    result: tuple[str, str],
+    models: Mapping[str, Mapping[str, Any] | None],
     keep: int = 2,
 ) -> Path:
     """Write the checkpoint of a step, then delete all but the newest `keep`.
@@ -74,13 +78,15 @@ def save_checkpoint(
     Args:
         root: folder of the run's checkpoints.
         step: optimizer steps done.
-        tensors: "model", "ema" and "optimizer" -> tensors by name.
+        tensors: file -> tensors by name, all of them finite but those of `OWN`.
         state: what else the run needs, JSON-able.
-        model_config: `ScoreModel.config()`.
+        result: the files that hold the model, with raw and with averaged weights.
+        models: file -> configuration of the model that it holds (`ScoreModel.config()`), for files that hold one.
         keep: number of checkpoints to keep, >= 1.
 
     Raises:
-        ValueError: for keep < 1 or weights that are not finite: a bad checkpoint never pushes out a good one.
+        ValueError: for keep < 1, a name that a file cannot have, or weights that are not finite: a bad checkpoint never
+            pushes out a good one.
         FileExistsError: if the step has been saved already.
         OSError: if the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
@@ -90,10 +96,12 @@ def save_checkpoint(
     target = root / f"step_{step:08d}"
     if target.exists():
         raise FileExistsError(f"{target} exists already; checkpoints are never overwritten.")
-    for file in TENSOR_FILES:
-        bad = not_finite(tensors[file])
+    for file, values in tensors.items():
+        if not _NAME.fullmatch(file):
+            raise ValueError(f"{file!r} cannot be a file's name: use letters, digits, '_', '-' and '.'.")
+        bad = None if file == OWN else not_finite(values)
         if bad is not None:
-            what = "Optimizer state" if file == "optimizer" else "Weight"
+            what = "Optimizer state" if file.startswith("optimizer") else "Weight"
             raise ValueError(
                 f"{what} {bad!r} ({file}) is NaN or infinite at step {step}: not saved, earlier checkpoints are kept. "
                 "Lower the learning rate or the clipping norm."
@@ -103,10 +111,10 @@ def save_checkpoint(
         root.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         files = {}
-        for file in TENSOR_FILES:
-            path = temporary / f"{file}.safetensors"
-            files[path.name] = write_tensors(tensors[file], path, None if file == "optimizer" else model_config)
-        entry = {KEY: BLANK, "format": FORMAT, "step": step, "files": files, "model": model_config, **state}
+        for file, values in tensors.items():
+            files[file] = write_tensors(values, temporary / f"{file}.safetensors", models.get(file))
+        chosen = {"raw": result[0], "averaged": result[1]}
+        entry = {KEY: BLANK, "format": FORMAT, "step": step, "files": files, "result": chosen, **state}
         write_whole(temporary / STATE, sealed(json.dumps(entry, indent=1, allow_nan=False)))
         temporary.rename(target)
         sync(root)
@@ -136,7 +144,8 @@ def clean(root: str | Path) -> None:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """What state.json of a checkpoint folder says: at least `step`, and `files`, names with their digests.
+    """What state.json of a checkpoint folder says: at least `step`; `files`, names (without their ending) and digests;
+    and `result`, the two of them that hold the model, "raw" and "averaged".
 
     Raises:
         FileNotFoundError: if it is not a checkpoint.
@@ -148,17 +157,28 @@ def read_state(path: str | Path) -> dict[str, Any]:
     remedy = f"Use an earlier checkpoint: delete {path} to continue from the one before it."
     try:
         state = read_json(file)
-        format_, step, files = state["format"], state["step"], state["files"]
+        format_ = state["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {one_line(error)} {remedy}") from error
     if format_ != FORMAT:
-        raise CheckpointError(f"{path} has format {format_!r}; this version reads {FORMAT!r}.")
+        raise CheckpointError(other_format(path, format_))
     if not intact(file):
         raise CheckpointError(f"{file} is not what was written: damaged or changed. {remedy}")
-    if type(step) is not int or not isinstance(files, dict):
-        raise CheckpointError(f"{file} is damaged: `step` is a number and `files` is a mapping. {remedy}")
+    step, files, result = (state.get(name) for name in ("step", "files", "result"))
+    good = type(step) is int and isinstance(files, dict) and all(_NAME.fullmatch(name) for name in files)
+    if not good or not isinstance(result, dict) or any(result.get(k) not in [*files] for k in ("raw", "averaged")):
+        raise CheckpointError(f"{file} is damaged: it needs `step`, `files` and, of these, `result`. {remedy}")
     found: dict[str, Any] = state
     return found
+
+
+def model_file(path: Path, averaged: bool) -> Path:
+    """The file of a checkpoint folder that holds the model, with averaged or raw weights.
+
+    Raises:
+        CheckpointError: see `read_state`.
+    """
+    return path / f"{read_state(path)['result']['averaged' if averaged else 'raw']}.safetensors"
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -171,9 +191,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     state = read_state(path)
     tensors = {}
-    for file in TENSOR_FILES:
+    for file, digest in state["files"].items():
         member = path / f"{file}.safetensors"
-        if not member.is_file() or member.name not in state["files"]:
+        if not member.is_file():
             raise CheckpointError(f"{path} lacks {member.name}. Use an earlier checkpoint.")
-        tensors[file], _ = read_tensors(member, state["files"][member.name])
+        tensors[file], _ = read_tensors(member, digest)
     return Checkpoint(path, state["step"], tensors, state)

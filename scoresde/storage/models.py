@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from scoresde.models.score_model import ScoreModel
-from scoresde.storage.checkpoints import STATE, latest, read_state
+from scoresde.storage.checkpoints import STATE, latest, model_file, read_state
 from scoresde.storage.files import one_line
 from scoresde.storage.tensors import CheckpointError, check_tensors, not_finite, read_tensors, write_tensors
 from sde_lib import build
@@ -68,7 +68,7 @@ def load_model(path: str | Path, ema: bool = True, device: str | torch.device = 
     """
     device = usable_device(device)
     file = find_model(path, ema)
-    listed = read_state(file.parent)["files"].get(file.name) if (file.parent / STATE).is_file() else None
+    listed = read_state(file.parent)["files"].get(file.stem) if (file.parent / STATE).is_file() else None
     tensors, config = read_tensors(file, listed)
     if config is None:
         raise CheckpointError(
@@ -133,10 +133,11 @@ def _explained(where: str | Path) -> Iterator[None]:
 
 
 def find_model(path: str | Path, ema: bool = True) -> Path:
-    """The model file that `load_model` would read.
+    """The model file that `load_model` would read: of a checkpoint, the one that its state.json names as the result.
 
     Raises:
         FileNotFoundError: if there is none.
+        CheckpointError: for a checkpoint whose state.json is damaged or of another format.
     """
     if not isinstance(path, str | Path):
         raise TypeError(f"`path` must be a path, got {type(path).__name__}.")
@@ -145,12 +146,11 @@ def find_model(path: str | Path, ema: bool = True) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"No such file or folder: {path}")
-    name = "ema.safetensors" if ema else "model.safetensors"
     if (path / STATE).is_file():
-        return path / name
+        return model_file(path, ema)
     newest = latest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if newest is not None:
-        return newest / name
+        return model_file(newest, ema)
     theirs = (path / file for file in ("model_index.json", "unet/config.json", "config.json"))
     if any(file.is_file() and b'"_class_name"' in file.read_bytes() for file in theirs):
         raise FileNotFoundError(

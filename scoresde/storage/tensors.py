@@ -15,7 +15,7 @@ from torch import Tensor
 from scoresde.storage.digests import BLANK, KEY, intact, place
 from scoresde.storage.files import one_line, parse_json, replacing
 
-FORMAT = "scoresde-2"
+FORMAT = "scoresde-3"
 
 _DTYPES = {
     torch.float64: "F64",
@@ -33,6 +33,11 @@ _DTYPES = {
 
 class CheckpointError(ValueError):
     """A file that cannot be used as a checkpoint. The message says which, why, and what to do."""
+
+
+def other_format(path: str | Path, found: object) -> str:
+    """What to say of a file of another format."""
+    return f"{path} has format {found!r} and this version reads {FORMAT!r} only: train again, or use the other version."
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, config: Mapping[str, Any] | None = None) -> str:
@@ -163,7 +168,7 @@ def _model_of(header: Mapping[str, str], path: str | Path) -> dict[str, Any] | N
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} has a damaged header: {one_line(error)}") from error
     if format_ != FORMAT:
-        raise CheckpointError(f"{path} has format {format_!r}; this version reads {FORMAT!r}.")
+        raise CheckpointError(other_format(path, format_))
     if model is not None and not isinstance(model, dict):
         raise CheckpointError(f"{path} has a damaged header: a model configuration is a mapping.")
     return model

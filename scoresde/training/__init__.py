@@ -1,12 +1,13 @@
-"""Training: the loop, the averaged weights and metrics."""
+"""Training: the loop that drives any objective, the averaged weights and metrics."""
 
-from scoresde.training.ema import EMA
-from scoresde.training.loop import TrainingError, TrainingResult, train
+from scoresde.training.averages import Averages
+from scoresde.training.journal import TrainingError
+from scoresde.training.loop import TrainingResult, train
 from scoresde.training.metrics import Metrics, read_metrics
 from scoresde.training.samples import Samples, draw_samples
 
 __all__ = [
-    "EMA",
+    "Averages",
     "Metrics",
     "Samples",
     "TrainingError",

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-import torch
 from ml_collections import ConfigDict
 
 from scoresde import config as configs
 from scoresde.config import ConfigError
+from scoresde.training.optimizers import common_options
 from scoresde.training.samples import check_sampling
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 PRECISIONS = {"none": "no", "bf16": "bf16", "fp16": "fp16"}
-DECAYS: dict[str, Callable[[float], float]] = {
-    "constant": lambda f: 1.0,
-    "linear": lambda f: 1.0 - f,
-    "cosine": lambda f: 0.5 * (1.0 + math.cos(math.pi * f)),
-}
-"""Name -> factor of the learning rate after a fraction f of the run."""
 
 # what may change between the parts of a run: it does not touch the steps that were done
 _FREE = (
@@ -28,12 +20,6 @@ _FREE = (
     *(f"training.{name}" for name in ("max_seconds", "log_every", "eval_", "sample_every", "checkpoint_every")),
     *(f"training.{name}" for name in ("keep", "tensorboard", "cpu")),
 )
-
-
-def learning_rate(section: ConfigDict, n: int, fraction: float) -> float:
-    """Learning rate of the n-th step (1, 2, …): linear warm-up, times the decay after `fraction` of the run."""
-    warm = min(1.0, n / section.warmup) if section.warmup > 0 else 1.0
-    return section.learning_rate * warm * DECAYS[section.decay](min(max(fraction, 0.0), 1.0))
 
 
 def check(config: ConfigDict) -> None:
@@ -48,27 +34,19 @@ def check(config: ConfigDict) -> None:
     for name in ("batch_size", "steps", "accumulation", "keep", "log_every", "eval_samples"):
         if t[name] < 1:
             raise ConfigError(f"training.{name} must be >= 1, got {t[name]}.")
-    for name in ("warmup", "clip", "eval_every", "sample_every", "checkpoint_every", "weight_decay"):
+    for name in ("eval_every", "sample_every", "checkpoint_every"):
         if t[name] < 0:
             raise ConfigError(f"training.{name} must be >= 0, got {t[name]}.")
-    for name in ("learning_rate", "eps", "log_sigma_std"):
-        if not t[name] > 0.0:
-            raise ConfigError(f"training.{name} must be > 0, got {t[name]}.")
-    for name in ("beta1", "beta2", "ema_decay"):
-        if not 0.0 <= t[name] < 1.0:
-            raise ConfigError(f"training.{name} must be in [0, 1), got {t[name]}.")
+    common_options(t)
+    if not 0.0 <= t.ema_decay < 1.0:
+        raise ConfigError(f"training.ema_decay must be in [0, 1), got {t.ema_decay}.")
     if t.max_seconds < 0.0:
         raise ConfigError(f"training.max_seconds must be > 0, or 0 for no budget, got {t.max_seconds}.")
     if not 0.0 <= t.class_dropout <= 1.0:
         raise ConfigError(f"training.class_dropout must be in [0, 1], got {t.class_dropout}.")
     if config.sde.chain is not None and t.times != "uniform":
         raise ConfigError(f"training.times={t.times!r} needs continuous time; levels of a chain are uniform.")
-    for table, name, what in (
-        (OPTIMIZERS, t.optimizer, "training.optimizer"),
-        (PRECISIONS, t.precision, "training.precision"),
-        (DECAYS, t.decay, "training.decay"),
-    ):
-        configs.lookup_entry(table, name, what)
+    configs.lookup_entry(PRECISIONS, t.precision, "training.precision")
     check_sampling(config, configs.make_law(config))
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from scoresde.storage import (
     CheckpointError,
     checkpoints,
     files,
+    find_model,
     latest,
     load_model,
     read_checkpoint,
@@ -24,6 +26,7 @@ from scoresde.storage import (
     write_tensors,
 )
 from scoresde.storage.checkpoints import clean
+from scoresde.storage.digests import BLANK, sealed
 from scoresde.storage.optimizers import load_optimizer, optimizer_tensors
 from scoresde.storage.tensors import check_tensors
 
@@ -45,13 +48,19 @@ def model(width=16, dtype=torch.float32):
     return made.eval()
 
 
-def tensors(made):
-    return {"model": made.state_dict(), "ema": made.state_dict(), "optimizer": {"a|exp_avg": torch.ones(2)}}
+def tensors(made, averaged=None):
+    weights = {"part.model": made.state_dict(), "average.ema": (averaged or made).state_dict()}
+    return {**weights, "optimizer.train": {"a|exp_avg": torch.ones(2)}}
 
 
-def save(root, step, made=None, keep=2, **state):
+def save(root, step, made=None, keep=2, averaged=None, **state):
     made = made or model()
-    return save_checkpoint(root, step, tensors(made), state, made.config(), keep)
+    return stored(root, step, tensors(made, averaged), state, made, keep)
+
+
+def stored(root, step, found, state, made, keep=2):
+    result = ("part.model", "average.ema")
+    return save_checkpoint(root, step, found, state, result, dict.fromkeys(result, made.config()), keep)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -95,7 +104,8 @@ def test_checkpoint_round_trip_and_pruning(tmp_path):
     found = read_checkpoint(path)
     assert found.step == 4 and found.state["note"] == 4 and found.state["nothing"] is None
     for name, value in made.state_dict().items():
-        assert torch.equal(found.tensors["model"][name], value) and torch.equal(found.tensors["ema"][name], value)
+        assert torch.equal(found.tensors["part.model"][name], value)
+        assert torch.equal(found.tensors["average.ema"][name], value)
     # as a checkpoint folder, a folder of checkpoints, or the workdir above it
     shutil.copytree(tmp_path, tmp_path / "run" / "checkpoints")
     for place in (path, tmp_path, tmp_path / "run"):
@@ -106,13 +116,14 @@ def test_averaged_or_raw_weights(tmp_path):
     raw, averaged = model(), model()
     with torch.no_grad():
         averaged.network.inlet.bias.fill_(7.0)
-    saved = {**tensors(raw), "ema": averaged.state_dict()}
-    save_checkpoint(tmp_path, 1, saved, {}, raw.config())
+    path = save(tmp_path, 1, raw, averaged=averaged)
+    assert find_model(tmp_path) == path / "average.ema.safetensors"
+    assert find_model(path, ema=False) == path / "part.model.safetensors"
     assert bool((load_model(tmp_path).network.inlet.bias == 7.0).all())
     assert torch.equal(load_model(tmp_path, ema=False).network.inlet.bias, raw.network.inlet.bias)
 
 
-@pytest.mark.parametrize("failing", ["model.", "optimizer.", "state.", "rename"])
+@pytest.mark.parametrize("failing", ["part.", "optimizer.", "state.", "rename"])
 def test_full_disk_or_kill_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, failing):
     before = save(tmp_path, 10)
     content = {p.name: p.read_bytes() for p in before.iterdir()}
@@ -156,20 +167,27 @@ def test_bad_weights_and_existing_steps_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"network\.inlet\.bias.*NaN"):
         save(tmp_path, 6, broken)
     with pytest.raises(ValueError, match=r"Optimizer state 'a\|exp_avg_sq'.*infinite"):
-        endless = {**tensors(model()), "optimizer": {"a|exp_avg_sq": torch.tensor([1.0, float("inf")])}}
-        save_checkpoint(tmp_path, 6, endless, {}, model().config())
+        endless = {**tensors(model()), "optimizer.train": {"a|exp_avg_sq": torch.tensor([1.0, float("inf")])}}
+        stored(tmp_path, 6, endless, {}, model())
+    with pytest.raises(ValueError, match="cannot be a file's name"):
+        stored(tmp_path, 6, {**tensors(model()), "../out": {}}, {}, model())
     with pytest.raises(ValueError, match="keep"):
         save(tmp_path, 6, keep=0)
     assert latest(tmp_path) == good and len(list(tmp_path.iterdir())) == 1
 
 
-DAMAGES = ("truncate", "flip", "remove", "exchange", "json", "digit", "list", "bomb", "format")
+def sealed_again(text):
+    """A state.json that was changed by somebody who knows how its digest is made."""
+    return sealed(re.sub(r'"digest": "\w+"', f'"digest": "{BLANK}"', text, count=1))
+
+
+DAMAGES = ("truncate", "flip", "remove", "exchange", "json", "digit", "list", "bomb", "format", "place", "result")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoints_are_named(tmp_path, damage):
     path = save(tmp_path, 5, seconds=12.5)
-    file = path / "model.safetensors"
+    file = path / "part.model.safetensors"
     content = file.read_bytes()
     if damage == "truncate":
         file.write_bytes(content[: len(content) // 2])
@@ -186,11 +204,13 @@ def test_damaged_checkpoints_are_named(tmp_path, damage):
             "digit": state.replace('"seconds": 12.5', '"seconds": 13.5'),
             "list": "[1, 2]",
             "bomb": "[" * 50_000,
-            "format": state.replace("scoresde-2", "scoresde-1"),
+            "format": state.replace("scoresde-3", "scoresde-2"),
+            "place": sealed_again(state.replace('"optimizer.train"', '"../optimizer.train"')),
+            "result": sealed_again(state.replace('"raw": "part.model"', '"raw": "part.other"')),
         }[damage]
         assert changed != state
         (path / "state.json").write_text(changed)
-    words = r"truncated|changed|lacks|damaged|another digest|format 'scoresde-1'"
+    words = r"truncated|changed|lacks|damaged|another digest|format 'scoresde-2' and this version reads 'scoresde-3'"
     with pytest.raises(CheckpointError, match=words) as caught:
         read_checkpoint(path)
     assert "\n" not in str(caught.value)
@@ -238,7 +258,7 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path, kind):
     with pytest.raises(CheckpointError, match="pickle"):
         load_model(file)
     checkpoint = save(tmp_path / "run", 5)
-    shutil.copy(file, checkpoint / "ema.safetensors")
+    shutil.copy(file, checkpoint / "average.ema.safetensors")
     with pytest.raises(CheckpointError, match="pickle"):
         load_model(checkpoint)
     with pytest.raises(CheckpointError, match="pickle"):

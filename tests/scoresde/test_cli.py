@@ -52,7 +52,7 @@ def test_sample_to_a_picture_and_to_arrays(trained, tmp_path, capsys):
         assert image.mode == "L" and min(image.size) > 16
     for name, extra in (("a.npy", []), ("b.npy", []), ("c.npy", ["--seed=1"]), ("d.npy", ["--raw-weights"])):
         assert main([*base, "--out", str(tmp_path / name), *extra]) == 0
-    assert [line.split("step_")[1][9:12] for line in capsys.readouterr().out.splitlines()] == 3 * ["ema"] + ["mod"]
+    assert [line.split("step_")[1][9:12] for line in capsys.readouterr().out.splitlines()] == 3 * ["ave"] + ["par"]
     a, b, c = (np.load(tmp_path / f"{n}.npy") for n in "abc")
     assert a.shape == (4, 1, 8, 8) and a.min() >= 0 and a.max() <= 16
     assert (a == b).all() and (a != c).any()

@@ -13,9 +13,10 @@ from scipy.integrate import solve_ivp
 from scoresde import chain_loss, continuous_loss, log_likelihood
 from scoresde.likelihood.divergence import value_and_traces
 from scoresde.likelihood.probes import Probes
+from scoresde.objectives import Objective
 from scoresde.pretrained import load_pretrained
 from scoresde.pretrained.score_sde import entries, read_checkpoint
-from scoresde.training.ema import EMA
+from scoresde.training import Averages
 from sde_lib import DATA, VESDE, VPSDE, ReverseSDE, ScorePrediction, SubVPSDE
 from solvers import AdaptiveRungeKutta, Ancestral, AnnealedLangevin, Langevin, Recorded, ReverseDiffusion, solve
 
@@ -295,6 +296,14 @@ def test_losses_and_their_gradients(golden, name):
             assert abs(norm - want) < 1e-3 * want + 1e-6 * largest, (variant, parts)
 
 
+class Followed(Objective):
+    """A model whose weights are averaged."""
+
+    def __init__(self, model, decay):
+        super().__init__()
+        self.model, self.ema_decay = model, decay
+
+
 def test_three_training_steps(golden):
     """Losses, clipped gradients, rates, raw and averaged weights of the recorded steps; both kinds restored."""
     with np.load(golden / "train.npz") as file:
@@ -302,7 +311,7 @@ def test_three_training_steps(golden):
     meta = json.loads(str(z["meta"]))
     optim = meta["optim"]
     model, network_meta, _ = load(golden, meta["net"])
-    ema = EMA(model, meta["ema_rate"])
+    averages = Averages(Followed(model, meta["ema_rate"]))
     optimizer = torch.optim.Adam(model.parameters(), lr=optim["lr"], betas=(optim["beta1"], 0.999), eps=optim["eps"])
     for i in range(3):
         rate = optim["lr"] * min((i + 1) / optim["warmup"], 1.0)
@@ -318,16 +327,14 @@ def test_three_training_steps(golden):
         norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
         torch.testing.assert_close(float(norm), float(z["grad_norm_after_clip"][i]), rtol=1e-4, atol=0)
         optimizer.step()
-        ema.update()
-    assert ema.updates == int(z["ema_num_updates"])
+        averages.update(["model"])
+    assert averages.updates["ema"] == int(z["ema_num_updates"])
     final = golden / meta["final_checkpoint"]
     restored = {
         flag: load_pretrained(final, config=network_meta["config"], overrides=overrides(network_meta), ema=flag)
         for flag in (False, True)
     }
-    with ema.applied():
-        averaged = {k: v.clone() for k, v in model.state_dict().items()}
-    for flag, ours in ((False, model.state_dict()), (True, averaged)):
+    for flag, ours in ((False, model.state_dict()), (True, averages.modules["ema"].state_dict())):
         for key, value in restored[flag].state_dict().items():
             close = (ours[key] - value).abs() <= 2e-6 + 1e-5 * value.abs()
             if key.endswith("qkv.bias"):  # attention does not depend on the bias of k: its gradient is rounding

@@ -1,0 +1,263 @@
+"""What a run is made of: device, data, objective, phases, averages. Nothing is written here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from scoresde import config as configs
+from scoresde.config import ConfigError
+from scoresde.data import Dataset, Split
+from scoresde.data.batch import Batch
+from scoresde.losses import chain_loss, continuous_loss
+from scoresde.objectives import At, Objective
+from scoresde.storage.files import one_line
+from scoresde.storage.processes import process
+from scoresde.streams import Streams
+from scoresde.training.averages import Averages
+from scoresde.training.batches import Order, batch_of, condition_dropout, placed
+from scoresde.training.optimizers import phase_options
+from scoresde.training.phases import Phase
+from scoresde.training.settings import PRECISIONS
+from scoresde.training.state import State
+from sde_lib import Chain
+from solvers.counter import hashed
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The objects of a run.
+
+    Attributes:
+        config: its configuration.
+        accelerator: Accelerate's.
+        data: what is trained on; `train_data` and `held_out` are its splits, on the device if they are small.
+        objective: what is trained, on the device.
+        phases: of the objective, in their order.
+        averages: of its parts.
+        state: all tensors to go on from.
+        order: of the rows.
+        dropout: condition -> fraction of the samples that are trained without it.
+        part_size: rows of one accumulated part in one process.
+        hosts: group of the processes' CPUs, which agree on signals and clocks without waiting for a device.
+    """
+
+    config: ConfigDict
+    accelerator: Any
+    data: Dataset
+    train_data: Split
+    held_out: Split
+    objective: Objective
+    phases: list[Phase]
+    averages: Averages
+    state: State
+    order: Order
+    dropout: dict[str, float]
+    part_size: int
+    hosts: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        found: torch.device = self.accelerator.device
+        return found
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return bool(self.accelerator.is_main_process)
+
+    def same_buffers(self) -> None:
+        """Buffers (batch statistics, what an objective remembers) of process 0 in all processes."""
+        same(self.objective.buffers())
+
+
+def assembled(config: ConfigDict, model: nn.Module | None, objective: Objective | None, data: Dataset | None) -> Run:
+    """The run of a configuration, or of objects that are given instead of its sections.
+
+    Raises:
+        ConfigError: for what does not work together.
+    """
+    t = config.training
+    accelerator = _accelerator(t)
+    device, world = accelerator.device, accelerator.num_processes
+    data = configs.make_data(config) if data is None else data
+    if config.sampling.guidance != 1.0 and not data.spec.num_classes:
+        raise ConfigError(f"sampling.guidance={config.sampling.guidance} needs data with classes; 1 is none.")
+    torch.manual_seed(hashed(config.seed) >> 1)
+    if objective is None:
+        objective = _objective(config, data, model)
+    elif model is not None:
+        raise ConfigError("Give a model or an objective, which has its model already, not both.")
+    objective.ema_decay = t.ema_decay
+    check_objective(objective)
+    part_size = _part_size(config, world, objective.group)
+    options = phase_options(t, objective)
+    for value in objective.frozen().values():
+        if isinstance(value, nn.Module):
+            value.to(device).eval().requires_grad_(False)
+    objective.to(device)
+    if t.channels_last:
+        objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    same(objective.state_dict().values())  # own objects may differ between processes
+    train_data, held_out = placed(data.train, device), placed(data.held_out, device)
+    _try(objective, train_data, data, part_size, device)
+    phases = [Phase(objective, name, options[name], accelerator) for name in objective.phases]
+    averages = Averages(objective)
+    if t.compile:
+        for part in {name for names in objective.phases.values() for name in names}:
+            network: Any = objective.get_submodule(part)
+            getattr(network, "network", network).compile()
+    return Run(
+        config,
+        accelerator,
+        data,
+        train_data,
+        held_out,
+        objective,
+        phases,
+        averages,
+        State(objective, averages, phases),
+        Order(len(train_data), t.batch_size, config.seed),
+        condition_dropout(t.get("condition_dropout", str(t.class_dropout)), data.spec.conditions),
+        part_size,
+        torch.distributed.new_group(backend="gloo") if world > 1 else None,
+    )
+
+
+def same(tensors: Iterable[Tensor]) -> None:
+    """The values of process 0 in all processes."""
+    if process()[1] > 1:
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)
+
+
+def _part_size(config: ConfigDict, world: int, group: int) -> int:
+    t = config.training
+    parts = t.accumulation * world
+    if t.batch_size % parts:
+        raise ConfigError(
+            f"training.batch_size={t.batch_size} must be a multiple of {parts} (accumulation {t.accumulation} x "
+            f"{world} processes)."
+        )
+    if t.batch_size // parts % group:
+        raise ConfigError(
+            f"This objective couples {group} consecutive samples, and a part has {t.batch_size // parts} (training."
+            f"batch_size={t.batch_size} over {parts} parts): they must be a multiple."
+        )
+    return int(t.batch_size // parts)
+
+
+def check_objective(objective: Any) -> None:
+    """Raise unless phases, averages and the result of an objective name its parts, and its parts are all there is."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"`objective` must be an Objective, got {type(objective).__name__}.")
+    parts = dict(objective.named_children())
+    for phase, names in objective.phases.items():
+        _check_parts(parts, names, f"The phase {phase!r} trains")
+    averages = objective.averages()
+    for name, rule in averages.items():
+        _check_parts(parts, (rule.part,), f"The average {name!r} is of")
+    _check_parts(parts, (objective.trains,), "The result is")
+    for name in (*objective.phases, *averages):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ConfigError(f"{name!r} names a file: use letters, digits, '_' and '-'.")
+    own = [name for name, _ in objective.named_parameters(recurse=False)]
+    if own:
+        raise ConfigError(f"The parameter {own[0]!r} of the objective is in no part: put it into a module of its own.")
+    seen: dict[Any, str] = {}
+    for name, part in parts.items():
+        for weight in part.parameters():
+            if seen.setdefault(weight, name) != name:
+                raise ConfigError(f"The parts {seen[weight]!r} and {name!r} share a weight: make them one part.")
+    if set(objective.result().state_dict()) != set(parts[objective.trains].state_dict()):
+        raise ConfigError(f"`result()` must hold the weights of the part {objective.trains!r}, and no others.")
+
+
+def _check_parts(parts: dict[str, nn.Module], names: Iterable[str], what: str) -> None:
+    for name in names:
+        if name not in parts:
+            raise ConfigError(f"{what} {name!r}, which is no part of the objective; it has {', '.join(parts)}.")
+
+
+def _try(objective: Objective, split: Split, data: Dataset, part_size: int, device: torch.device) -> None:
+    """A loss of every phase on a few samples, so that what does not work fails before the first step and before any
+    file."""
+    kept = [(buffer, buffer.clone()) for buffer in objective.buffers()]
+    rows = torch.arange(objective.group) % len(split)
+    streams = Streams(0, range(objective.group), of=part_size, key=("try",), device=device)
+    averages = {name: getattr(objective, rule.part) for name, rule in objective.averages().items()}
+    batch, at = batch_of(split, data.spec, rows, streams, device), At(0, 1, streams, averages)
+    objective.eval()
+    for phase in objective.phases:
+        try:
+            losses = objective(phase, batch, at)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(one_line(error)) from error
+        if tuple(losses.shape) != (len(rows),):
+            raise ConfigError(
+                f"An objective must return one loss per sample, ({len(rows)},), and the phase {phase!r} returns "
+                f"{tuple(losses.shape)}."
+            )
+    for buffer, value in kept:
+        buffer.copy_(value)
+
+
+def _accelerator(section: ConfigDict) -> Any:
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs  # type: ignore[import-untyped]
+        from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ImportError("Training needs Accelerate: pip install 'scoresde[train]'") from error
+    # Accelerate keeps precision and device for the whole process; an earlier run in it may have had other ones
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    kwargs = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # `same_buffers` does
+    try:
+        return Accelerator(mixed_precision=PRECISIONS[section.precision], cpu=section.cpu, kwargs_handlers=kwargs)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"training.precision={section.precision!r} does not work here: {error}") from error
+
+
+def _objective(config: ConfigDict, data: Dataset, model: nn.Module | None) -> Objective:
+    """The objective of a configuration."""
+    model = configs.make_model(config, data.spec, data.train.data) if model is None else model
+    try:
+        return _Denoising(model, config.training)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(one_line(error)) from error
+
+
+class _Denoising(Objective):
+    """Denoising score matching as the section `training` says."""
+
+    def __init__(self, model: Any, t: ConfigDict) -> None:
+        super().__init__()
+        self.model, self.t = model, t
+
+    def forward(self, phase: str, batch: Batch, at: At) -> Tensor:
+        model, t, spec, streams = self.model, self.t, self.model.data_spec, at.streams
+        u = streams.uniform("dequantization", spec.shape) if spec.levels else None
+        x_0 = model.encode(batch.data, u)
+        given: dict[str, Any] = {"noise": streams.normal("noise", x_0.shape[1:]), "condition": batch.condition}
+        u, law = streams.lattice("times"), model.law
+        if isinstance(law, Chain):
+            index = (u * law.n).long().clamp(max=law.n - 1)
+            return chain_loss(model, x_0, weighting=t.weighting, reduce=t.reduce, index=index, **given).per_sample
+        plain = t.times != "importance" and t.weighting != "likelihood"
+        last = law.t_max if plain else law.drift_t_max
+        first_lam, last_lam = (float(law.knot(end).half_log_snr) for end in (law.t_min, last))
+        if t.times == "importance":
+            u = law.time_at(first_lam + (last_lam - first_lam) * u).clamp(law.t_min, last)
+        elif t.times == "lognormal":
+            lam = -(t.log_sigma_mean + t.log_sigma_std * torch.special.ndtri(u.clamp(1e-9, 1.0 - 1e-9)))
+            u = law.time_at(lam.clamp(last_lam, first_lam)).clamp(law.t_min, last)
+        else:
+            u = law.t_min + (last - law.t_min) * u
+        options = {"weighting": t.weighting, "times": t.times, "reduce": t.reduce, "t": u, **given}
+        return continuous_loss(model, x_0, **options).per_sample
