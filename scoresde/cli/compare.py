@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scoresde.cli.conditions import class_labels
+from scoresde.cli.conditions import add_conditions, condition_of, given_conditions
 from scoresde.cli.output import drawn
 from scoresde.cli.runs import from_run, open_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scoresde.data import Split
 
 HELP = "Compare solvers on a trained model, or on a toy whose score is known exactly."
 
@@ -32,8 +38,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--repetitions", type=int, default=3, metavar="N", help="with other noise each (default: 3)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="starts and noise")
     p.add_argument("--float64", action="store_true", help="double precision states (networks stay as they are)")
-    p.add_argument("--class", dest="class_label", metavar="C", help="class of the samples: a number, or `all` in turn")
-    p.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance scale; needs --class")
+    add_conditions(p)
+    p.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance scale; needs a condition")
     p.add_argument("--metrics", metavar="LIST", help="distances between samples (default: all)")
     p.add_argument("--features", metavar="NAME", help=_FEATURES)
     p.add_argument("--out", metavar="DIR", help="where results go (default: compare in the run, or here)")
@@ -76,29 +82,32 @@ def _trained(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, 
     import torch
 
     from scoresde import config
+    from scoresde.data.conditions import mapped
     from scoresde.guidance import ClassifierFreeGuidance
-    from scoresde.training.samples import _labels
 
     settings, model, _ = open_run(arguments, overrides)
     spec, data = model.data_spec, config.make_data(settings)
     held_out, train = data.held_out.data, data.train.data
     options: dict[str, Any] = {"dtype": torch.float64 if arguments.float64 else torch.float32}
-    label = class_labels(arguments.class_label, arguments.n, spec.num_classes)
-    if label is None:
+    condition = condition_of(given_conditions(arguments), spec, arguments.n)
+    if not condition:
         if arguments.guidance is not None:
-            raise ValueError("--guidance needs a class to guide to: give --class too.")
+            raise ValueError("--guidance needs a condition to guide to: give --class or --condition.NAME too.")
         return model, {**options, "samples": held_out, "floor": train}
-    labels = _labels(label, arguments.n, spec.num_classes)
-    assert labels is not None
-    problem = model.reverse({"class_label": labels.to(model.device)})
+    problem = model.reverse(mapped(lambda value: value.to(model.device), condition))
     if arguments.guidance is not None:
         problem = ClassifierFreeGuidance(problem, arguments.guidance)
-    if isinstance(label, int) and "class_label" in data.held_out.condition:
-        held_out, train = (
-            part.data[part.condition["class_label"] == label] for part in (data.held_out, data.train)
-        )
+    held_out, train = _of_its_class(data.held_out, condition), _of_its_class(data.train, condition)
     options |= {"shape": model.state_shape, "decode": model.decode, "device": model.device}
     return problem, {**options, "samples": held_out, "floor": train}
+
+
+def _of_its_class(split: Split, condition: Mapping[str, Any]) -> Tensor:
+    """The samples of the class that all are drawn under; all samples where there is no such class."""
+    label, labels = condition.get("class_label"), split.condition.get("class_label")
+    if label is None or labels is None or not (label == label[0]).all():
+        return split.data
+    return split.data[labels == label[0]]
 
 
 def _toy(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
@@ -110,8 +119,8 @@ def _toy(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, dict
 
     if arguments.config is None:
         raise ValueError("Give a trained model (--workdir or --checkpoint), or --config of a toy with a known density.")
-    if arguments.class_label is not None or arguments.guidance is not None:
-        raise ValueError("--class and --guidance are for trained models (--workdir or --checkpoint).")
+    if given_conditions(arguments) or arguments.guidance is not None:
+        raise ValueError("Conditions and --guidance are for trained models (--workdir or --checkpoint).")
     problem, shape, draw = config.make_exact(config.load(arguments.config, overrides))
     device = usable_device(arguments.device or "cpu")
     return problem, {"shape": shape, "samples": draw, "dtype": torch.float64, "device": device}

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from scoresde.cli import compare, configs, convert, demo, likelihood, sample, train
+from scoresde.cli.conditions import PREFIX, split_conditions
 from scoresde.cli.own_code import HELP as IMPORT
 from scoresde.cli.own_code import own_code
 from scoresde.cli.processes import processes
@@ -59,8 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if processes() > 1 and arguments.command not in ("train", "likelihood"):
             raise ValueError("this command runs in one process: start it without torchrun.")
+        arguments.condition, overrides = split_conditions(_joined(rest))
+        if arguments.condition and not getattr(arguments, "takes_conditions", False):
+            raise ValueError("--condition.NAME=VALUE is for the commands sample, likelihood and compare.")
         with own_code(arguments.imports):
-            arguments.run(arguments, _joined(rest))
+            arguments.run(arguments, overrides)
     except KeyboardInterrupt:
         print(f"{named}: interrupted", file=sys.stderr)
         return 130
@@ -78,10 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _joined(rest: list[str]) -> list[str]:
-    """``--config.a 1`` as ``--config.a=1``."""
+    """``--config.a 1`` as ``--config.a=1``, and ``--condition.a 1`` likewise."""
     joined: list[str] = []
     for word in rest:
-        if joined and joined[-1].startswith("--config.") and "=" not in joined[-1] and not word.startswith("--"):
+        before = joined[-1] if joined else ""
+        if before.startswith(("--config.", PREFIX)) and "=" not in before and not word.startswith("--"):
             joined[-1] += f"={word}"
         else:
             joined.append(word)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scoresde.cli.conditions import class_labels
+from scoresde.cli.conditions import add_conditions, condition_of, given_conditions
 from scoresde.cli.runs import from_run, open_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HELP = "Draw samples from a trained model."
 
@@ -21,7 +25,7 @@ def arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--nfe", type=int, metavar="N", help="budget of network calls per sample, instead of --steps")
     p.add_argument("--n", type=int, metavar="N", help="number of samples (sampling.n)")
     p.add_argument("--seed", type=int, metavar="N", help="noise (sampling.seed)")
-    p.add_argument("--class", dest="class_label", metavar="C", help="class of the samples: a number, or `all` in turn")
+    add_conditions(p)
     p.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance scale (sampling.guidance)")
 
 
@@ -51,8 +55,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(f"--out must end in .png, .npy or .npz, got {out.name!r}.")
     if out.suffix == ".png" and picture(torch.zeros(1, *spec.shape), spec) is None:
         raise ValueError(f"Samples of shape {tuple(spec.shape)} have no picture: use --out=samples.npy.")
-    labels = class_labels(arguments.class_label, s.n, spec.num_classes)
-    samples = draw_samples(model, settings, class_label=labels, progress=None)
+    condition = condition_of(given_conditions(arguments), spec, s.n)
+    samples = draw_samples(model, settings, condition=condition, progress=None)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
         image = picture(samples.data, spec)
@@ -61,11 +65,17 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     elif out.suffix == ".npy":
         np.save(out, samples.data.numpy())
     else:
-        arrays: dict[str, Any] = {"data": samples.data.numpy()}
-        if labels is not None:
-            arrays["labels"] = torch.as_tensor(labels).expand(s.n).numpy()
-        np.savez(out, **arrays)
+        np.savez(out, **_arrays(samples.data, condition))
     print(
         f"{s.n} samples by {s.solver.name}, {samples.nfe.double().mean():.4g} network calls each, "
         f"{samples.seconds:.1f} s, from {file}: {out}"
     )
+
+
+def _arrays(data: Tensor, condition: Mapping[str, Any]) -> dict[str, Any]:
+    """Samples and what they were drawn under, as `Arrays` reads them: classes are `labels`, tokens have their mask."""
+    arrays = {"data": data.numpy()}
+    for name, value in condition.items():
+        parts = {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+        arrays |= {"labels" if k == "class_label" else k: v.numpy() for k, v in parts.items()}
+    return arrays

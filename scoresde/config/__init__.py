@@ -12,22 +12,22 @@ from scoresde.config.doors import (
     lookup_entry,
     make_data,
     make_exact,
-    make_grid,
     make_law,
     make_model,
-    make_solver,
     model_config,
 )
 from scoresde.config.errors import ConfigError
 from scoresde.config.fields import check_numbers, differences, flatten
 from scoresde.config.files import ROOTS, find, known, load
 from scoresde.config.overrides import override
+from scoresde.config.sampling import Sampling, make_grid, make_sampling, make_solver
 from scoresde.config.sections import use
 from scoresde.config.stored import from_dict, restore, save, to_dict
 
 __all__ = [
     "ROOTS",
     "ConfigError",
+    "Sampling",
     "build",
     "check_numbers",
     "defaults",
@@ -43,6 +43,7 @@ __all__ = [
     "make_grid",
     "make_law",
     "make_model",
+    "make_sampling",
     "make_solver",
     "model_config",
     "override",

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from scoresde.data.spec import DataSpec
     from scoresde.models.score_model import ScoreModel
     from sde_lib import Law, ReverseSDE
-    from solvers import Grid, Solver
 
 
 def build(table: Mapping[str, Any], section: ml_collections.ConfigDict, what: str, **given: Any) -> Any:
@@ -162,17 +161,3 @@ def chosen(section: Mapping[str, Any]) -> dict[str, Any]:
         inner = {k: chosen(v) if isinstance(v, ml_collections.ConfigDict) else v for k, v in options.items()}
         found[section_key(name)] = {k: v for k, v in inner.items() if v is not None}
     return found
-
-
-def make_solver(config: ml_collections.ConfigDict) -> Solver:
-    """The solver of `sampling.solver`."""
-    from solvers import SOLVERS
-
-    return build(SOLVERS, config.sampling.solver, "solver")
-
-
-def make_grid(config: ml_collections.ConfigDict) -> Grid | None:
-    """The grid of `sampling.grid`, or None for the law's own."""
-    from solvers import GRIDS
-
-    return build(GRIDS, config.sampling.grid, "grid") if config.sampling.grid.name else None

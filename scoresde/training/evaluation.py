@@ -79,4 +79,4 @@ def one_class_after_the_other(model: Any, config: ConfigDict) -> Tensor:
     """Samples as the section `sampling` asks for them, of one class after the other where there are classes."""
     classes = 0 if model.data_spec is None else model.data_spec.num_classes
     labels = torch.arange(config.sampling.n) % classes if classes else None
-    return draw_samples(model, config, class_label=labels).data
+    return draw_samples(model, config, condition=None if labels is None else {"class_label": labels}).data

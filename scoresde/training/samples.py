@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.config import ConfigError, make_grid, make_solver
+from scoresde.config import ConfigError, Sampling, make_sampling
+from scoresde.data.conditions import mapped
 from scoresde.models.score_model import ScoreModel
 from scoresde.storage.files import one_line
 from sde_lib import Chain, GaussianMixture, Law, ReverseSDE
@@ -42,7 +43,7 @@ def draw_samples(
     model: ScoreModel,
     config: ConfigDict,
     n: int | None = None,
-    class_label: Tensor | int | None = None,
+    condition: Mapping[str, Any] | None = None,
     progress: bool | None = False,
 ) -> Samples:
     """Samples in data units. Sample i is drawn from its own stream of `sampling.seed` and i.
@@ -51,32 +52,35 @@ def draw_samples(
         model: a score model with a data specification.
         config: its `sampling` section says the solver, the grid, steps or nfe, end, seed, guidance and batch size.
         n: number of samples; `sampling.n` if None.
-        class_label: a class for all, or one per sample (n,), for models with classes; None for no class.
+        condition: conditions by name, n rows each; None for none.
         progress: whether to show a progress bar over the batches; None: on a terminal.
 
     Raises:
-        ConfigError: for settings that do not fit each other or the model.
+        ConfigError: for settings or conditions that do not fit each other or the model.
     """
     from scoresde.guidance import ClassifierFreeGuidance
-    spec, s = model.data_spec, config.sampling
+
+    spec, s = model.data_spec, make_sampling(config)
     if spec is None:
         raise ConfigError("This model has no data specification, so its samples have no shape.")
     n = s.n if n is None else n
-    _check_counts(config, n)
-    labels = _labels(class_label, n, spec.num_classes)
-    if labels is None and s.guidance != 1.0:
-        raise ConfigError(f"Guidance {s.guidance} needs a class to guide to; give one, or leave guidance at 1.")
+    _check_counts(s, n)
+    condition = dict(condition or {})
+    try:
+        spec.check_condition(condition, n)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(one_line(error)) from error
+    if not condition and s.guidance != 1.0:
+        raise ConfigError(f"Guidance {s.guidance} needs a condition to guide to; give one, or leave guidance at 1.")
     drawn, calls, started = [], [], time.perf_counter()
     disable = None if progress is None else not progress
     starts = range(0, n, s.batch_size)
     for start in tqdm(starts, desc="sampling", unit="batch", disable=disable, file=sys.stderr):
         rows = range(start, min(start + s.batch_size, n))
-        rev = model.reverse()
-        if labels is not None:
-            rev = model.reverse({"class_label": labels[rows.start : rows.stop].to(model.device)})
-            if s.guidance != 1.0:
-                rev = ClassifierFreeGuidance(rev, s.guidance)
-        solution = _solved(rev, (len(rows), *model.state_shape), config, rows, model.device)
+        rev: ReverseSDE = model.reverse(mapped(_rows_on(rows, model.device), condition))
+        if s.guidance != 1.0:
+            rev = ClassifierFreeGuidance(rev, s.guidance)
+        solution = _solved(rev, (len(rows), *model.state_shape), s, rows, model.device)
         drawn.append(model.decode(solution.x).cpu())
         calls.append(solution.nfe)
     return Samples(torch.cat(drawn), torch.cat(calls), time.perf_counter() - started)
@@ -88,46 +92,33 @@ def check_sampling(config: ConfigDict, law: Law) -> None:
     Whatever the solver, the grid, the budget and `sampling.end` refuse, they refuse of a single number under an exact
     score, too: so one is drawn.
     """
-    _check_counts(config, config.sampling.n)
-    if not math.isfinite(config.sampling.guidance):
-        raise ConfigError(f"sampling.guidance must be finite, got {config.sampling.guidance}.")
-    _solved(GaussianMixture([[0.0]], std=0.5).reverse(law), (1, 1), config, range(1), torch.device("cpu"))
+    s = make_sampling(config)
+    _check_counts(s, s.n)
+    if not math.isfinite(s.guidance):
+        raise ConfigError(f"sampling.guidance must be finite, got {s.guidance}.")
+    _solved(GaussianMixture([[0.0]], std=0.5).reverse(law), (1, 1), s, range(1), torch.device("cpu"))
 
 
-def _check_counts(config: ConfigDict, n: int) -> None:
-    if n < 1 or config.sampling.batch_size < 1:
-        raise ConfigError(
-            f"sampling.n and sampling.batch_size must be >= 1, got {n} and {config.sampling.batch_size}."
-        )
+def _check_counts(s: Sampling, n: int) -> None:
+    if n < 1 or s.batch_size < 1:
+        raise ConfigError(f"sampling.n and sampling.batch_size must be >= 1, got {n} and {s.batch_size}.")
+
+
+def _rows_on(rows: range, device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda value: value[rows.start : rows.stop].to(device)
 
 
 def _solved(
-    rev: ReverseSDE, shape: tuple[int, ...], config: ConfigDict, rows: Iterable[int], device: torch.device
+    rev: ReverseSDE, shape: tuple[int, ...], s: Sampling, rows: Iterable[int], device: torch.device
 ) -> Solution:
     from solvers import sample
 
-    s = config.sampling
-    solver = make_solver(config)
-    grid = None if isinstance(rev.law, Chain) else make_grid(config)  # a chain has levels of its own
+    grid = None if isinstance(rev.law, Chain) else s.grid  # a chain has levels of its own
     budget: dict[str, Any] = {"nfe": s.nfe} if s.nfe is not None else {"steps": s.steps}
-    if solver.adaptive:
+    if s.solver.adaptive:
         budget = {}
     seeds = [s.seed * 2**32 + i for i in rows]
     try:
-        return sample(rev, shape, solver, grid=grid, end=s.end, rng=seeds, device=device, **budget)
+        return sample(rev, shape, s.solver, grid=grid, end=s.end, rng=seeds, device=device, **budget)
     except (OverflowError, TypeError, ValueError) as error:
         raise ConfigError(f"sampling: {one_line(error)}") from error
-
-
-def _labels(class_label: Tensor | int | None, n: int, num_classes: int) -> Tensor | None:
-    if class_label is None:
-        return None
-    if not num_classes:
-        raise ConfigError("This model was trained without classes.")
-    labels = torch.as_tensor(class_label, dtype=torch.int64)
-    labels = labels.expand(n) if labels.ndim == 0 else labels
-    if labels.shape != (n,):
-        raise ConfigError(f"Classes must be one number or have shape ({n},), got {tuple(labels.shape)}.")
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise ConfigError(f"Classes go from 0 to {num_classes - 1}, got {int(labels.min())} … {int(labels.max())}.")
-    return labels

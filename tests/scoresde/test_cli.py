@@ -143,7 +143,7 @@ MISTAKES = [
     (["sample", "--workdir={run}", "--n=0"], ">= 1"),
     (["sample", "--workdir={run}", "--class=12"], "0 to 9"),
     (["sample", "--workdir={run}", "--class=x"], "a number or `all`"),
-    (["sample", "--workdir={run}", "--guidance=2"], "needs a class"),
+    (["sample", "--workdir={run}", "--guidance=2"], "needs a condition"),
     (["sample", "--workdir={run}", "--out=x.jpg"], ".png"),
     (["sample", "--workdir={run}", "--device=gpuu"], "device"),
     (["sample", "--checkpoint={file}"], "truncated or damaged"),

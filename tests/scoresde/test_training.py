@@ -451,7 +451,7 @@ def test_samples_do_not_depend_on_the_batch(tmp_path):
     budget = draw_samples(model, settings("--config.sampling.nfe=7", "--config.sampling.solver.name=ddim"), 4)
     assert budget.nfe.tolist() == [7] * 4
     for overrides, message in (
-        (["--config.sampling.guidance=2.0"], "needs a class"),
+        (["--config.sampling.guidance=2.0"], "needs a condition"),
         (["--config.sampling.solver.name=heunn"], "Did you mean 'heun'"),
         (["--config.sampling.grid.name=karass"], "Did you mean 'karras'"),
         (["--config.sampling.steps=0"], "steps"),
@@ -459,5 +459,5 @@ def test_samples_do_not_depend_on_the_batch(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             draw_samples(model, settings(*overrides))
-    with pytest.raises(ConfigError, match="without classes"):
-        draw_samples(model, settings(), class_label=1)
+    with pytest.raises(ConfigError, match="have none"):
+        draw_samples(model, settings(), condition={"class_label": torch.zeros(64, dtype=torch.int64)})
