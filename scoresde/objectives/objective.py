@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from scoresde.data.batch import Batch
+from scoresde.data.conditions import mapped
 from scoresde.streams import Streams
 
 
@@ -75,6 +77,8 @@ class Objective(nn.Module):
     optimizers: Mapping[str, Mapping[str, Any]] = {}
     """Phase -> options of its optimizer that differ from those of the section `training`, and `updates` per step:
     ``{"critic": {"learning_rate": 1e-4, "updates": 2}}``. A configuration may change them in ``training.phases``."""
+    tables: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Options of the constructor that are entries of a table, by their names: nested sections of a configuration."""
 
     def averages(self) -> dict[str, Average]:
         """Name -> a moving average of a part's weights, kept by the loop and read in `At.averages`. The first one of
@@ -97,10 +101,50 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def check(self, batch: Batch) -> None:
+        """Raise TypeError or ValueError unless a batch is what the loss is of: asked once by the loop, no more."""
+
     def held_out(self, batch: Batch, at: At) -> Tensor:
         """(B,) losses of held-out samples; of the first phase by default."""
         first: Tensor = self(next(iter(self.phases)), batch, at)
         return first
+
+    def loss(
+        self,
+        data: Tensor,
+        condition: Mapping[str, Any] | None = None,
+        rng: torch.Generator | None = None,
+        phase: str | None = None,
+        averages: Mapping[str, nn.Module] | None = None,
+    ) -> Tensor:
+        """The mean loss of a batch, a scalar to minimise: for a loop of your own.
+
+        Parts stay in their mode; a model's `reverse` and `sample` leave it in evaluation mode, so call `train()` after
+        them. Data on the CPU are checked; a look at those on an accelerator would wait for it.
+
+        Args:
+            data: (B, *D) in data units, on any device (in model units where a model has no `data_spec`).
+            condition: conditions by name, batch first.
+            rng: generator, on the CPU, of a seed for everything that is random; torch's global one if None.
+            phase: a name in `phases`; the first if None.
+            averages: the averaged parts that the loss reads, by name.
+
+        Raises:
+            TypeError, ValueError: for data or conditions that do not fit, or a generator of another kind.
+        """
+        if rng is not None and (not isinstance(rng, torch.Generator) or rng.device.type != "cpu"):
+            raise TypeError(f"`rng` must be a torch.Generator on the CPU, or None, got {rng!r}.")
+        batch = Batch(data, condition or {})
+        if not isinstance(data, Tensor) or (data.device.type == "cpu" and not torch.compiler.is_compiling()):
+            self.check(batch)
+        seed = int(torch.randint(2**63 - 1, (), generator=rng, device="cpu"))
+        first = next(self.parameters(), None)
+        device = data.device if first is None else first.device
+        batch = Batch(data.to(device), mapped(lambda value: value.to(device), batch.condition))
+        streams = Streams(seed, range(len(data)), len(data), device=device)
+        at = At(0, 1, streams, averages or {})
+        mean: Tensor = self(phase or next(iter(self.phases)), batch, at).mean()
+        return mean
 
     def result(self) -> nn.Module:
         """What is saved as the model: the part that `trains` names, by default."""
