@@ -1,7 +1,6 @@
 """Objectives: what is trained, and on what loss. ``OBJECTIVES`` names them."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from scoresde.objectives.clocks import Times
 from scoresde.objectives.denoising import EDM, DenoisingScoreMatching
@@ -34,8 +33,9 @@ from scoresde.objectives.weightings import (
     VWeighting,
     Weighting,
 )
+from sde_lib import Table
 
-OBJECTIVES: Mapping[str, type[Any]] = {"denoising": DenoisingScoreMatching, "edm": EDM}
+OBJECTIVES: Mapping[str, type[Objective]] = Table(Objective, {"denoising": DenoisingScoreMatching, "edm": EDM})
 """Name -> class, built with the model and its options. A new one is a file and a line here."""
 
 __all__ = [

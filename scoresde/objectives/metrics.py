@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sde_lib import Table
 from sde_lib._checks import check_positive
 
 
@@ -75,10 +76,10 @@ class MeanAbsolute(Metric):
         return error.abs().flatten(1).mean(1)
 
 
-METRICS: Mapping[str, type[Any]] = {
+METRICS: Mapping[str, type[Metric]] = Table(Metric, {
     "mean": Mean,
     "half_sum": HalfSum,
     "pseudo_huber": PseudoHuber,
     "l1": MeanAbsolute,
-}
+})
 """Name -> class of the metrics. A new one is a class and a line here."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde.objectives.clocks import Times
-from sde_lib import SDE, Chain, Knot
+from sde_lib import SDE, Chain, Knot, Table
 from sde_lib import _math as m
 from sde_lib._checks import check_positive
 from sde_lib._math import Real
@@ -212,7 +212,7 @@ class LaplaceTimes(_NoiseTimes):
         return self.mean + self.scale * torch.where(below, -distance, distance)
 
 
-TIMES: Mapping[str, type[Any]] = {
+TIMES: Mapping[str, type[Times]] = Table(Times, {
     "uniform": UniformTimes,
     "importance": ImportanceTimes,
     "half_log_snr": HalfLogSNRTimes,
@@ -220,7 +220,7 @@ TIMES: Mapping[str, type[Any]] = {
     "logit_normal": LogitNormalTimes,
     "cosine": CosineTimes,
     "laplace": LaplaceTimes,
-}
+})
 """Name -> class of the laws of times. A new one is a class and a line here."""
 
 

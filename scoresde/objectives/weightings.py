@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sde_lib import Chain, DataPrediction, EDMPrediction, FlowPrediction, Knot, Parameterization, VPrediction
+from sde_lib import Chain, DataPrediction, EDMPrediction, FlowPrediction, Knot, Parameterization, Table, VPrediction
 from sde_lib import _math as m
 from sde_lib._checks import check_nonnegative, check_positive
 from sde_lib._constants import Constants
@@ -276,7 +276,7 @@ class _PerLevel(Weighting):
         return float(self._table.columns[0][index])
 
 
-WEIGHTINGS: Mapping[str, type[Any]] = {
+WEIGHTINGS: Mapping[str, type[Weighting]] = Table(Weighting, {
     "uniform": UniformWeighting,
     "raw": RawWeighting,
     "data": DataWeighting,
@@ -289,7 +289,7 @@ WEIGHTINGS: Mapping[str, type[Any]] = {
     "soft_min_snr": SoftMinSNRWeighting,
     "truncated_snr": TruncatedSNRWeighting,
     "p2": P2Weighting,
-}
+})
 """Name -> class of the weightings. A new one is a class and a line here."""
 
 

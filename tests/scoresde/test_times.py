@@ -1,4 +1,4 @@
-"""Laws of times: their draws against their densities, on every SDE and on chains. Every entry of `TIMES` enrols itself."""
+"""Laws of times: draws against densities, on every SDE and on chains. Every entry of `TIMES` enrols itself."""
 
 import math
 
