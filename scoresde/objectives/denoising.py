@@ -155,7 +155,7 @@ class DenoisingScoreMatching(Objective):
         if spec is None:
             return data.to(dtype)
         u = streams.uniform("dequantization", tuple(data.shape[1:]), dtype) if spec.levels is not None else None
-        x_0: Tensor = spec.encode(data, u, dtype)
+        x_0: Tensor = self.model.encode(data, u, dtype, streams)
         return x_0
 
     def _losses(self, x_0: Tensor, knot: Knot, noise: Tensor, moved: Tensor, condition: Mapping[str, Any]) -> Tensor:
