@@ -20,6 +20,6 @@ def get_config():
     c.training.beta2 = 0.99
     c.training.warmup = 200
     c.training.decay = "linear"
-    c.training.class_dropout = 0.5  # the demo samples and scores without a class, too
+    c.training.condition_dropout = "0.5"  # the demo samples and scores without a class, too
     c.training.sample_every = 0
     return c

@@ -10,5 +10,5 @@ from scoresde.config import load
 def get_config():
     c = load("edm/_cifar10")
     c.data.arrays.labels_key = "labels"
-    c.training.class_dropout = 0.0
+    c.training.condition_dropout = "0.0"
     return c

@@ -18,7 +18,7 @@ def get_config():
     t.learning_rate = 1e-4
     t.warmup = 2441
     t.ema_decay = 0.99994
-    t.class_dropout = 0.0
+    t.condition_dropout = "0.0"
     h = c.sampling.solver.heun
     h.s_churn, h.s_min, h.s_max, h.s_noise = 40.0, 0.05, 50.0, 1.003
     c.sampling.steps = 256

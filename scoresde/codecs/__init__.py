@@ -4,8 +4,10 @@ from collections.abc import Mapping
 
 from scoresde.codecs.affine import Affine
 from scoresde.codecs.codec import Codec
+from sde_lib import Table
 
-CODECS: Mapping[str, type[Codec]] = {"affine": Affine}
-"""Name -> class. ``CODECS[name].fit(spec, data)`` makes one for data; its options are those of the configuration."""
+CODECS: Mapping[str, type[Codec]] = Table(Codec, {"affine": Affine})
+"""Name -> class. ``CODECS[name].fit(spec, data)`` makes one for data; its options are those of the configuration.
+"module:Class" names one of your own."""
 
 __all__ = ["CODECS", "Affine", "Codec"]

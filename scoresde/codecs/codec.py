@@ -22,7 +22,11 @@ class Codec(nn.Module):
     """
 
     name: ClassVar[str]
-    """In `CODECS`."""
+    """In `CODECS`; of a class of one's own "module:Class"."""
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = f"{cls.__module__}:{cls.__qualname__}"
 
     def __init__(self, data_shape: tuple[int, ...], state_shape: tuple[int, ...]) -> None:
         super().__init__()

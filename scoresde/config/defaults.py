@@ -40,7 +40,9 @@ def defaults() -> ml_collections.ConfigDict:
     t.log_sigma_mean, t.log_sigma_std = -1.2, 1.2  # of times="lognormal"
     t.reduce = "mean"
     t.flip = False  # mirror half of the images
-    t.class_dropout = 0.1  # fraction of samples trained without their class, for guidance and unconditional use
+    # fraction of samples trained without their conditions, for guidance and unconditional use: "0.2" for all,
+    # "class_label:0.1,text:0.3" for some; "": what the data say of each
+    t.condition_dropout = ""
     t.optimizer = "adamw"
     t.learning_rate = 1e-3
     t.beta1, t.beta2, t.eps = 0.9, 0.999, 1e-8

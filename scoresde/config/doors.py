@@ -99,11 +99,7 @@ def make_codec(config: ml_collections.ConfigDict, spec: DataSpec, data: Tensor |
     """The codec of the `codec` section for data of a specification, measured on `data` (N, *D) where it has to be."""
     from scoresde.codecs import CODECS
 
-    cls, section = lookup_entry(CODECS, config.codec.name, "codec"), chosen(config.codec)
-    try:
-        made: Codec = cls.fit(spec, data, **section.get(section_key(section["name"]), {}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(one_line(error)) from error
+    made: Codec = build(CODECS, config.codec, "codec", via="fit", spec=spec, data=data)
     return made
 
 
@@ -124,7 +120,7 @@ def model_config(config: ml_collections.ConfigDict, spec: DataSpec, codec: Codec
         "sde": chosen(to_dict(config.sde)),
         "levels": config.sde.chain or 0,
         "data_spec": spec.to_dict(),
-        "codec": {"name": codec.name, codec.name: codec.config()},
+        "codec": {"name": codec.name, section_key(codec.name): codec.config()},
     }
 
 

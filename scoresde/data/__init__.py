@@ -1,25 +1,25 @@
 """Data by name. Every source has an explicit training and held-out split: ``DATASETS["digits"]().load()``."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from scoresde.data.arrays import Arrays
 from scoresde.data.batch import Batch
 from scoresde.data.conditions import ConditionSpec, classes
-from scoresde.data.dataset import Dataset, Split
+from scoresde.data.dataset import Dataset, Source, Split
 from scoresde.data.digits import Digits
 from scoresde.data.spec import DataSpec
 from scoresde.data.toys import Checkerboard, Moons, Ring, Spiral, Toy
+from sde_lib import Table
 
-DATASETS: Mapping[str, type[Any]] = {
+DATASETS: Mapping[str, type[Source]] = Table(Source, {
     "digits": Digits,
     "arrays": Arrays,
     "ring": Ring,
     "moons": Moons,
     "spiral": Spiral,
     "checkerboard": Checkerboard,
-}
-"""Name -> class with ``load() -> Dataset``. A new source is one file and one line here."""
+})
+"""Name -> class with ``load() -> Dataset``. A new source is one file and one line here; "module:Class" is your own."""
 
 __all__ = [
     "DATASETS",
@@ -32,6 +32,7 @@ __all__ = [
     "Digits",
     "Moons",
     "Ring",
+    "Source",
     "Spiral",
     "Split",
     "Toy",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde.data.conditions import classes
-from scoresde.data.dataset import Dataset, Split, check_held_out, split
+from scoresde.data.dataset import Dataset, Source, Split, check_held_out, split
 from scoresde.data.spec import DataSpec
 
 LAYOUTS = ("as_is", "NHWC", "NHW")
@@ -27,7 +27,7 @@ def _usual(data: Tensor) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Arrays:
+class Arrays(Source):
     """Samples in the rows of a NumPy array.
 
     Real numbers, or the integers 0 … levels - 1 of `levels`; how they become states is the codec's.

@@ -60,6 +60,14 @@ class Dataset:
     log_prob: Callable[[Tensor], Tensor] | None = None
 
 
+class Source:
+    """Where data come from: base class of the data sets, whose options are those of their constructor."""
+
+    def load(self) -> Dataset:
+        """The data, read and split."""
+        raise NotImplementedError
+
+
 def check_held_out(fraction: float) -> None:
     """Raise unless 0 < `fraction` < 1."""
     if not 0.0 < fraction < 1.0:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from scoresde.data.conditions import classes
-from scoresde.data.dataset import Dataset, Split, check_held_out, split
+from scoresde.data.dataset import Dataset, Source, Split, check_held_out, split
 from scoresde.data.spec import DataSpec
 
 
 @dataclass(frozen=True)
-class Digits:
+class Digits(Source):
     """1797 handwritten digits of 8 x 8 pixels with the 17 grey levels 0 … 16, in ten classes.
 
     They come inside scikit-learn: real images without a download.

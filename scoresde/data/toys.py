@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoresde.data.dataset import Dataset, Split, check_held_out
+from scoresde.data.dataset import Dataset, Source, Split, check_held_out
 from scoresde.data.spec import DataSpec
 from sde_lib import GaussianMixture
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(Source):
     """Common part of the toys: `n` samples drawn from a known density, split into training and held-out.
 
     The shipped configurations leave them as they are (shift 0, scale 1), so that the exact score is the model's.

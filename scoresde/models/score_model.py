@@ -13,7 +13,7 @@ from scoresde.data.spec import DataSpec
 from scoresde.losses import chain_loss, continuous_loss
 from sde_lib import NOISE_LEVELS, PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Prediction, ReverseSDE, build, lookup
 from sde_lib import _math as m
-from sde_lib._checks import check_positive, check_state, options_of
+from sde_lib._checks import check_positive, check_state, options_of, section_key
 from sde_lib._math import Real
 from sde_lib.reverse import knot_of
 
@@ -124,7 +124,7 @@ class ScoreModel(nn.Module):
         config = dict(self._config)
         if self.data_spec is not None and self.codec is not None:
             config["data_spec"] = self.data_spec.to_dict()
-            config["codec"] = {"name": self.codec.name, self.codec.name: self.codec.config()}
+            config["codec"] = {"name": self.codec.name, section_key(self.codec.name): self.codec.config()}
         return config
 
     @property

@@ -125,7 +125,7 @@ def assembled(config: ConfigDict, model: nn.Module | None, objective: Objective 
         averages,
         State(objective, averages, phases),
         Order(len(train_data), t.batch_size, config.seed),
-        condition_dropout(t.get("condition_dropout", str(t.class_dropout)), data.spec.conditions),
+        condition_dropout(t.condition_dropout, data.spec.conditions),
         part_size,
         torch.distributed.new_group(backend="gloo") if world > 1 else None,
     )

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from scoresde import config as configs
@@ -17,6 +18,9 @@ MODULE = '''
 import torch
 from torch import nn
 
+from scoresde.codecs import Codec
+from scoresde.data import Dataset, DataSpec, Source, Split, classes
+
 
 class OwnNet(nn.Module):
     def __init__(self, shape, num_classes=0, width: int = 8, scale: float = 1):
@@ -27,6 +31,38 @@ class OwnNet(nn.Module):
     def forward(self, x, noise_level, *, class_label=None):
         level = noise_level.reshape(-1, 1)
         return self.scale * self.layers(torch.cat([x, level.expand(len(x), 1)], 1))
+
+
+class Halves(Codec):
+    def __init__(self, data_shape, factor: float = 2.0):
+        super().__init__(data_shape, data_shape)
+        self.factor = factor
+
+    @classmethod
+    def fit(cls, spec, data, factor: float = 2.0):
+        return cls(spec.shape, factor)
+
+    def encode(self, z, draw=None):
+        return z / self.factor
+
+    def decode(self, x):
+        return x * self.factor
+
+    def config(self):
+        return {"data_shape": list(self.data_shape), "factor": self.factor}
+
+
+class Line(Source):
+    """Points on a line, with where they are as a condition."""
+
+    def __init__(self, n: int = 30, slope: float = 1.0):
+        self.n, self.slope = n, slope
+
+    def load(self):
+        at = torch.linspace(-1.0, 1.0, self.n)
+        everything = Split(torch.stack([at, self.slope * at], 1), {"class_label": (at > 0).long()})
+        return Dataset("line", everything.rows(slice(0, None, 2)), everything.rows(slice(1, None, 2)),
+                       DataSpec((2,), conditions=classes(2)))
 '''
 TINY = ["--config.training.steps=2", "--config.training.batch_size=8", "--config.training.sample_every=0"]
 TINY += ["--config.training.tensorboard=False", "--config.training.cpu=True"]
@@ -64,6 +100,25 @@ def test_an_own_network_trains_is_saved_and_read_again_and_needs_its_import(modu
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "--import own_module_of_tests" in error and module not in sys.modules
     assert main([*again, "--import", module]) == 0 and np.load("a.npy").shape == (3, 2)
+
+
+def test_own_data_and_an_own_codec_train_and_are_read_again(module, tmp_path, capsys):
+    names = {"data": "Line", "codec": "Halves"}
+    call = ["train", "--config=toy_ring", "--workdir=run", *TINY, "--import", module]
+    call += [f"--config.{section}.name={module}:{name}" for section, name in names.items()]
+    assert main([*call, "--config.data.Line.slope=3", "--config.codec.Halves.factor=4"]) == 0
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["data"] == {"name": f"{module}:Line", "Line": {"n": 30, "slope": 3.0}, "shape": None}
+    model = load_model(tmp_path / "run")
+    assert model.codec.factor == 4.0 and model.data_spec.num_classes == 2
+    assert model.encode(torch.full((1, 2), 2.0)).tolist() == [[0.5, 0.5]]
+    call = ["sample", "--workdir=run", "--out=a.npz", "--config.sampling.n=3", "--config.sampling.steps=2"]
+    assert main([*call, "--class=1", f"--import={module}"]) == 0
+    with np.load("a.npz") as file:
+        assert file["data"].shape == (3, 2) and file["labels"].tolist() == [1, 1, 1]
+    capsys.readouterr()
+    sys.modules.pop(module)
+    assert main(call) == 2 and f"--import {module}" in capsys.readouterr().err
 
 
 def test_own_classes_in_a_configuration_file_and_by_use(module, tmp_path):

@@ -66,7 +66,7 @@ DIGITS = [
     "--config.network.unet.channels=8",
     "--config.network.unet.dropout=0.2",
     "--config.training.accumulation=2",
-    "--config.training.class_dropout=0.5",
+    "--config.training.condition_dropout=0.5",
 ]
 VARIANTS = {
     "toy": [],
@@ -304,7 +304,7 @@ def test_files_of_a_run(tmp_path):
         ("training.times=late", "times"),
         ("training.learning_rate=0", "learning_rate"),
         ("training.max_seconds=-1", "max_seconds"),
-        ("training.class_dropout=2", "class_dropout"),
+        ("training.condition_dropout=2", "condition_dropout"),
         ("sde.name=vpp", "Did you mean 'vp'"),
         ("network.name=unett", "Did you mean 'unet'"),
         ("network.name=unet", r"\(C, H, W\)"),
