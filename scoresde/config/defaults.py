@@ -51,6 +51,7 @@ def defaults() -> ml_collections.ConfigDict:
     t.decay = "constant"
     t.clip = 1.0  # global gradient norm; 0: no clipping
     t.ema_decay = 0.999
+    t.phases = ""  # options that phases have of their own: "critic:learning_rate=1e-4,updates=2;generator:beta1=0"
     t.accumulation = 1  # parts per optimizer step
     t.precision = "none"
     t.channels_last = False  # images with their channels last in memory: faster convolutions on most devices

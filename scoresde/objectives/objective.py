@@ -105,7 +105,8 @@ class Objective(nn.Module):
         """Raise TypeError or ValueError unless a batch is what the loss is of: asked once by the loop, no more."""
 
     def held_out(self, batch: Batch, at: At) -> Tensor:
-        """(B,) losses of held-out samples; of the first phase by default."""
+        """(B,) losses of held-out samples, with averaged weights and without gradients; of the first phase by default
+        (a loss that takes gradients itself, such as a penalty, says another one here)."""
         first: Tensor = self(next(iter(self.phases)), batch, at)
         return first
 

@@ -18,10 +18,10 @@ from scoresde.data.batch import Batch
 from scoresde.losses import chain_loss, continuous_loss
 from scoresde.objectives import At, Objective
 from scoresde.storage.files import one_line
-from scoresde.storage.processes import process
 from scoresde.streams import Streams
 from scoresde.training.averages import Averages
 from scoresde.training.batches import Order, batch_of, condition_dropout, placed
+from scoresde.training.buffers import moving, same
 from scoresde.training.optimizers import phase_options
 from scoresde.training.phases import Phase
 from scoresde.training.settings import PRECISIONS
@@ -75,7 +75,7 @@ class Run:
 
     def same_buffers(self) -> None:
         """Buffers (batch statistics, what an objective remembers) of process 0 in all processes."""
-        same(self.objective.buffers())
+        same(moving(self.objective))
 
 
 def assembled(config: ConfigDict, model: nn.Module | None, objective: Objective | None, data: Dataset | None) -> Run:
@@ -129,13 +129,6 @@ def assembled(config: ConfigDict, model: nn.Module | None, objective: Objective 
         part_size,
         torch.distributed.new_group(backend="gloo") if world > 1 else None,
     )
-
-
-def same(tensors: Iterable[Tensor]) -> None:
-    """The values of process 0 in all processes."""
-    if process()[1] > 1:
-        for tensor in tensors:
-            torch.distributed.broadcast(tensor, 0)
 
 
 def _part_size(config: ConfigDict, world: int, group: int) -> int:
@@ -211,15 +204,14 @@ def _try(objective: Objective, split: Split, data: Dataset, part_size: int, devi
 
 def _accelerator(section: ConfigDict) -> Any:
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs  # type: ignore[import-untyped]
+        from accelerate import Accelerator  # type: ignore[import-untyped]
         from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("Training needs Accelerate: pip install 'scoresde[train]'") from error
     # Accelerate keeps precision and device for the whole process; an earlier run in it may have had other ones
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    kwargs = [DistributedDataParallelKwargs(broadcast_buffers=False)]  # `same_buffers` does
     try:
-        return Accelerator(mixed_precision=PRECISIONS[section.precision], cpu=section.cpu, kwargs_handlers=kwargs)
+        return Accelerator(mixed_precision=PRECISIONS[section.precision], cpu=section.cpu)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"training.precision={section.precision!r} does not work here: {error}") from error
 

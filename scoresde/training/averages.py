@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde.objectives import Average, Objective
+from scoresde.training.buffers import moving
 
 
 class Averages:
@@ -36,7 +37,7 @@ class Averages:
             name: copy.deepcopy(part).requires_grad_(False).eval() for name, part in self._parts.items()
         }
         self.updates = dict.fromkeys(self.rules, 0)
-        self._pairs = {name: _pairs(module, self._parts[name]) for name, module in self.modules.items()}
+        self._weights = {name: _weights(module, self._parts[name]) for name, module in self.modules.items()}
 
     @torch.no_grad()
     def update(self, parts: Collection[str]) -> None:
@@ -44,10 +45,10 @@ class Averages:
         for name, rule in self.rules.items():
             if rule.part in parts:
                 self.updates[name] += 1
-                averaged, now, copies = self._pairs[name]
+                averaged, now = self._weights[name]
                 if averaged:
                     torch._foreach_lerp_(averaged, now, 1.0 - rule.kept(self.updates[name]))
-                for mine, theirs in copies:
+                for mine, theirs in zip(moving(self.modules[name]), moving(self._parts[name]), strict=True):
                     mine.copy_(theirs)
 
     def of(self, part: str) -> str | None:
@@ -72,10 +73,7 @@ class Averages:
             self._parts[name].load_state_dict(self.modules[name].state_dict())
 
 
-def _pairs(average: nn.Module, part: nn.Module) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Tensors that are averaged, those that they follow, and pairs that are copied."""
-    weights: list[tuple[Tensor, Tensor]] = list(zip(average.parameters(), part.parameters(), strict=True))
-    floating = [(a, p) for a, p in weights if p.is_floating_point()]
-    copied = [(a, p) for a, p in weights if not p.is_floating_point()]
-    copied += zip(average.buffers(), part.buffers(), strict=True)
-    return [a for a, _ in floating], [p for _, p in floating], copied
+def _weights(average: nn.Module, part: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights that are averaged, and those that they follow."""
+    pairs = [(a, p) for a, p in zip(average.parameters(), part.parameters(), strict=True) if p.is_floating_point()]
+    return [a for a, _ in pairs], [p for _, p in pairs]

@@ -124,7 +124,7 @@ def phase_options(section: ConfigDict, objective: Objective) -> dict[str, PhaseO
         ConfigError: for a phase or an option that does not exist, or a value that makes no sense.
     """
     common = common_options(section)
-    given = overrides(section.get("phases", ""))
+    given = overrides(section.phases)
     for name in (*given, *objective.optimizers):
         lookup_entry(objective.phases, name, "phase")
     found = {}

@@ -51,6 +51,8 @@ class Phase:
         self._others = [p for p in objective.parameters() if p.requires_grad and p not in mine]
         self.optimizer = options.optimizer_of(self.weights)
         self.wrapper = accelerator.prepare_model(module)
+        if isinstance(self.wrapper, nn.parallel.DistributedDataParallel):
+            self.wrapper.broadcast_buffers = False  # after every update all of them are made the same, once
 
     def update(
         self, batches: Callable[[int], tuple[Batch, At]], accumulation: int
