@@ -8,7 +8,7 @@ from sde_lib.cosine import CosineVPSDE
 from sde_lib.edm import EDMSDE
 from sde_lib.flow import FlowSDE
 from sde_lib.gaussian_mixture import GaussianMixture
-from sde_lib.knot import DATA, Kernel, Knot, Law, Posterior, noise_fraction, posterior, transition
+from sde_lib.knot import DATA, Kernel, Knot, Law, Posterior, noise_fraction, posterior, state_std, transition
 from sde_lib.noise_levels import NOISE_LEVELS
 from sde_lib.prediction import (
     PARAMETERIZATIONS,
@@ -19,6 +19,8 @@ from sde_lib.prediction import (
     Parameterization,
     Prediction,
     ScorePrediction,
+    UnitVPrediction,
+    Velocity,
     VPrediction,
 )
 from sde_lib.reverse import DESCRIBES, Reverse, ReverseSDE, Wrapper
@@ -69,11 +71,14 @@ __all__ = [
     "SubVPSDE",
     "Table",
     "TabulatedSDE",
+    "UnitVPrediction",
     "VPrediction",
+    "Velocity",
     "Wrapper",
     "build",
     "lookup",
     "noise_fraction",
     "posterior",
+    "state_std",
     "transition",
 ]

@@ -162,6 +162,13 @@ class Knot:
         )
 
 
+def state_std(at: Any, sigma_data: float) -> Real:
+    """Standard deviation of the state at a knot (or what else has `alpha` and `sigma`) for data of deviation
+    `sigma_data`: sqrt(sigma^2 + alpha^2 sigma_data^2)."""
+    signal = at.alpha * sigma_data
+    return m.sqrt(at.sigma * at.sigma + signal * signal)
+
+
 def compilable(t: Any, x: Tensor) -> Any:
     """A time, as a (B,) tensor if it is a number and the call is being compiled.
 

@@ -1,7 +1,9 @@
 r"""What a score network says at one time, and every view of it.
 
 A network may be trained to output the noise, the data, the score, v, the flow or EDM's target. All of them are
-linear in the pair (E[x_0 | x], E[eps | x]):
+linear in the pair (E[x_0 | x], E[eps | x]), with weights that depend on the time only. A `Parameterization` is such a
+pair of weights. It names what a network outputs, what a view shows, what an exponential solver interpolates
+(`solvers.exponential`) and how fast the state moves along a coordinate (`solvers.coordinates`). With
 
 .. math:: F = p\, \hat x_0 + q\, \hat\epsilon, \qquad x = \alpha \hat x_0 + \sigma \hat\epsilon,
 
@@ -20,14 +22,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sde_lib import _math as m
 from sde_lib._checks import check_positive
 from sde_lib._math import Real
-from sde_lib.knot import Knot
+from sde_lib.knot import Knot, state_std
 
 
 class Parameterization:
-    """What the raw output F of a network stands for: F = p x_0 + q eps."""
+    """A quantity F = p x_0 + q eps, such as what the raw output of a network stands for."""
 
     def coefficients(self, knot: Knot) -> tuple[Real, Real]:
         """(p, q) at a knot."""
@@ -75,12 +76,31 @@ class FlowPrediction(Parameterization):
 
 
 @dataclass(frozen=True)
-class EDMPrediction(Parameterization):
+class UnitVPrediction(Parameterization):
+    r"""v of unit variance: :math:`F = (\alpha \sigma_d\, \epsilon - \sigma x_0 / \sigma_d) / r` with
+    :math:`r^2 = \sigma^2 + \alpha^2 \sigma_d^2`. v itself where alpha^2 + sigma^2 = 1 and sigma_data = 1; dy/dtheta of
+    `solvers.Angle`.
+
+    Args:
+        sigma_data: standard deviation of the data in model units, > 0.
+    """
+
+    sigma_data: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("sigma_data", self.sigma_data)
+
+    def coefficients(self, knot: Knot) -> tuple[Real, Real]:
+        r = state_std(knot, self.sigma_data)
+        return -knot.sigma / (r * self.sigma_data), knot.alpha * self.sigma_data / r
+
+
+@dataclass(frozen=True)
+class EDMPrediction(UnitVPrediction):
     r"""Karras et al. 2022, arXiv:2206.00364, Table 1: D = c_skip y + c_out F in y = x / alpha.
 
-    With :math:`r^2 = \sigma^2 + \alpha^2 \sigma_d^2` this is
-    :math:`F = (\sigma x_0 / \sigma_d - \alpha \sigma_d\, \epsilon) / r`, a target of unit variance at every noise
-    level when the data have standard deviation `sigma_data`.
+    This is :math:`F = (\sigma x_0 / \sigma_d - \alpha \sigma_d\, \epsilon) / r`, the negative of `UnitVPrediction`: a
+    target of unit variance at every noise level when the data have standard deviation `sigma_data`.
 
     Args:
         sigma_data: standard deviation of the data in model units, > 0.
@@ -88,12 +108,17 @@ class EDMPrediction(Parameterization):
 
     sigma_data: float = 0.5
 
-    def __post_init__(self) -> None:
-        check_positive("sigma_data", self.sigma_data)
+    def coefficients(self, knot: Knot) -> tuple[Real, Real]:
+        p, q = super().coefficients(knot)
+        return -p, -q
+
+
+@dataclass(frozen=True)
+class Velocity(Parameterization):
+    """F = dx/dt = alpha' x_0 + sigma' eps, the velocity of the probability-flow ODE. Raises ValueError on a chain."""
 
     def coefficients(self, knot: Knot) -> tuple[Real, Real]:
-        r = m.sqrt(knot.sigma * knot.sigma + (knot.alpha * self.sigma_data) * (knot.alpha * self.sigma_data))
-        return knot.sigma / (self.sigma_data * r), -self.sigma_data * knot.alpha / r
+        return knot.rates
 
 
 PARAMETERIZATIONS: Mapping[str, type[Parameterization]] = {
@@ -104,6 +129,10 @@ PARAMETERIZATIONS: Mapping[str, type[Parameterization]] = {
     "flow": FlowPrediction,
     "edm": EDMPrediction,
 }
+"""What networks may output, by name."""
+
+_DATA, _NOISE, _SCORE = DataPrediction(), NoisePrediction(), ScorePrediction()
+_V, _FLOW, _VELOCITY = VPrediction(), FlowPrediction(), Velocity()
 
 
 def weighted_sum(x: Tensor, a: Real, y: Tensor, b: Real) -> Tensor:
@@ -155,30 +184,34 @@ class Prediction:
         a, b = self.weights(data, noise)
         return weighted_sum(self.x, a, self.raw, b)
 
+    def view(self, quantity: Parameterization) -> Tensor:
+        """Any quantity p x_0 + q eps at this knot."""
+        return self.mix(*quantity.coefficients(self.knot))
+
     @property
     def data(self) -> Tensor:
         """E[x_0 | x_t = x]."""
-        return self.mix(1.0, 0.0)
+        return self.view(_DATA)
 
     @property
     def noise(self) -> Tensor:
         """E[eps | x_t = x] = -sigma score."""
-        return self.mix(0.0, 1.0)
+        return self.view(_NOISE)
 
     @property
     def score(self) -> Tensor:
         """grad_x log p_t(x)."""
-        return self.mix(0.0, -1.0 / self.knot.sigma)
+        return self.view(_SCORE)
 
     @property
     def v(self) -> Tensor:
         """alpha eps - sigma x_0."""
-        return self.mix(-self.knot.sigma, self.knot.alpha)
+        return self.view(_V)
 
     @property
     def flow(self) -> Tensor:
         """eps - x_0."""
-        return self.mix(-1.0, 1.0)
+        return self.view(_FLOW)
 
     @property
     def velocity(self) -> Tensor:
@@ -189,7 +222,7 @@ class Prediction:
 
         Song et al. 2021, eq. 13. Raises ValueError on a chain, which has no continuous time.
         """
-        return self.mix(*self.knot.rates)
+        return self.view(_VELOCITY)
 
     @property
     def drift(self) -> Tensor:

@@ -1,7 +1,16 @@
 """Numerical solvers of the reverse SDE and of the probability-flow ODE. Needs `sde_lib` only."""
 
 from solvers.adaptive import AdaptiveDPMSolver, AdaptiveRungeKutta
-from solvers.coordinates import COORDINATES, Angle, Coordinate, HalfLogSNR, NoiseRatio, Time
+from solvers.coordinates import (
+    COORDINATES,
+    Angle,
+    Coordinate,
+    HalfLogSNR,
+    NoiseRatio,
+    NoiseShare,
+    SignalRatio,
+    Time,
+)
 from solvers.external import SciPyODE, TorchDiffEq, TorchSDE
 from solvers.first_order import (
     DDIM,
@@ -113,6 +122,7 @@ __all__ = [
     "Multistep",
     "Noise",
     "NoiseRatio",
+    "NoiseShare",
     "PerSample",
     "Polyexponential",
     "PredictorCorrector",
@@ -128,6 +138,7 @@ __all__ = [
     "SDEDPMpp3M",
     "SciPyODE",
     "Shifted",
+    "SignalRatio",
     "SingleStep",
     "Solution",
     "Solver",

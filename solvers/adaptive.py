@@ -19,7 +19,7 @@ from sde_lib import Knot, Law, Parameterization, Prediction, ReverseSDE, lookup
 from sde_lib._checks import check_nonnegative, check_positive
 from sde_lib._math import Real
 from solvers.coordinates import Coordinate, HalfLogSNR
-from solvers.exponential import _GAUSS, PREDICTIONS, End, Form, Interpolation, V
+from solvers.exponential import _GAUSS, End, Interpolation, form_of
 from solvers.noise import Draw
 from solvers.runge_kutta import TABLEAUX, Leaves, Tableau, as_coordinate, interpolate, rescale, rk_step
 from solvers.solver import Hooks, Outcome, Past, Solver, Status
@@ -686,10 +686,7 @@ class AdaptiveDPMSolver(Adaptive):
             raise ValueError(f"`order` must be 2 (DPM-Solver-12) or 3 (DPM-Solver-23), got {self.order!r}.")
         self._check_control(self.rtol, self.atol, self.max_steps)
         check_nonnegative("beta", self.beta)
-        check_positive("sigma_data", self.sigma_data)
-        kind = lookup(PREDICTIONS, self.prediction, "prediction")
-        form: Form = V(self.sigma_data) if kind is V else kind()
-        object.__setattr__(self, "_rule", RowsInterpolation(form))
+        object.__setattr__(self, "_rule", RowsInterpolation(form_of(self.prediction, self.sigma_data)))
 
     def _along(self) -> Coordinate:
         return _LAMBDA

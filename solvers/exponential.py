@@ -7,26 +7,31 @@ polynomial through its values at some knots. Every such method is
           w_j = \int_{\lambda_t}^{\lambda_s} k(\lambda)\, \ell_j(\xi(\lambda))\, d\lambda,
 
 with :math:`\ell_j` the Lagrange basis on the knots in a variable :math:`\xi`. A `Form` says what q is, hence A, N and
-the kernel k; `weights` integrates. Which knots are used is the method: earlier ones (DPM-Solver++ 2M and 3M, DEIS,
-linear multistep, UniPC's predictor, SDE-DPM-Solver++, SA-Solver), stages between the two (DPM-Solver-2 and -3,
-DPM-Solver++ 2S and 3S, SEEDS), or the new one too (UniPC's and SA-Solver's corrector).
+the kernel k; `weights` integrates. Without noise a form is a coordinate (`solvers.coordinates`) whose slope is q: with
+x = scale y and dy/du = q, A is the quotient of the scales and k = scale_s du/dlambda.
+
+Which knots are used is the method: earlier ones (DPM-Solver++ 2M and 3M, DEIS, linear multistep, UniPC's predictor,
+SDE-DPM-Solver++, SA-Solver), stages between the two (DPM-Solver-2 and -3, DPM-Solver++ 2S and 3S, SEEDS), or the new
+one too (UniPC's and SA-Solver's corrector).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sde_lib import Knot, Prediction
+from sde_lib import Knot, Prediction, lookup
 from sde_lib import _math as m
 from sde_lib._checks import check_positive
 from sde_lib._math import Real
+from solvers.coordinates import Angle, Coordinate, HalfLogSNR, NoiseRatio, NoiseShare, SignalRatio
 
 Nodes = Sequence[tuple[Knot, Prediction]]
 
@@ -40,7 +45,6 @@ class End:
         self.alpha, self.sigma, self.lam = alpha, sigma, lam
 
 
-@dataclass(frozen=True)
 class Form:
     r"""What is interpolated, and what is therefore integrated exactly.
 
@@ -49,18 +53,19 @@ class Form:
     the reverse SDE.
     """
 
-    noisy = False
+    coordinate: Coordinate
+    """Where q is the slope."""
+    noisy: ClassVar[bool] = False
     """Whether the form knows tau2 > 0."""
-    needs_drift = True
-    """Whether lambda must be finite where a run starts."""
 
-    def slope(self, knot: Knot) -> tuple[Real, Real]:
-        """q = a x_0 + b eps."""
-        raise NotImplementedError
+    @property
+    def needs_drift(self) -> bool:
+        """Whether lambda must be finite where a run starts."""
+        return self.coordinate.needs_drift
 
     def carry(self, t: Knot, s: Knot, tau2: Real) -> Real:
         """A."""
-        raise NotImplementedError
+        return self.coordinate.scale(s) / self.coordinate.scale(t)
 
     def total(self, lam_t: Real, s: End, tau2: Real) -> Real:
         """The integral of the kernel: the weight of a constant q."""
@@ -82,14 +87,11 @@ class Data(Form):
     :math:`N = \sigma_s\sqrt{1 - e^{-2\tau^2 h}}`, h = lambda_s - lambda_t (Lu et al. 2022, arXiv:2211.01095, eq. 8;
     Xue et al. 2023, arXiv:2309.05019, Proposition 4.2)."""
 
+    coordinate = SignalRatio()
     noisy = True
-    needs_drift = False
-
-    def slope(self, knot: Knot) -> tuple[Real, Real]:
-        return 1.0, 0.0
 
     def carry(self, t: Knot, s: Knot, tau2: Real) -> Real:
-        ratio = s.sigma / t.sigma
+        ratio = super().carry(t, s, tau2)
         if isinstance(tau2, float) and tau2 == 0.0:
             return ratio
         return ratio * m.exp(-tau2 * (s.half_log_snr - t.half_log_snr))
@@ -110,13 +112,8 @@ class Noise(Form):
     :math:`N = \tau \sigma_s \sqrt{e^{2h} - 1}` (Lu et al. 2022, arXiv:2206.00927, eq. 3.4; Zhang & Chen 2022,
     arXiv:2204.13902)."""
 
+    coordinate = NoiseRatio()
     noisy = True
-
-    def slope(self, knot: Knot) -> tuple[Real, Real]:
-        return 0.0, 1.0
-
-    def carry(self, t: Knot, s: Knot, tau2: Real) -> Real:
-        return s.alpha / t.alpha
 
     def total(self, lam_t: Real, s: End, tau2: Real) -> Real:
         return -(1.0 + tau2) * s.sigma * m.expm1(s.lam - lam_t)
@@ -138,21 +135,10 @@ class V(Form):
     """
 
     sigma_data: float = 1.0
-    needs_drift = False
+    coordinate: Coordinate = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_positive("sigma_data", self.sigma_data)
-
-    def _r(self, alpha: Real, sigma: Real) -> Real:
-        signal = alpha * self.sigma_data
-        return m.sqrt(sigma * sigma + signal * signal)
-
-    def slope(self, knot: Knot) -> tuple[Real, Real]:
-        r = self._r(knot.alpha, knot.sigma)
-        return -knot.sigma / (r * self.sigma_data), knot.alpha * self.sigma_data / r
-
-    def carry(self, t: Knot, s: Knot, tau2: Real) -> Real:
-        return self._r(s.alpha, s.sigma) / self._r(t.alpha, t.sigma)
+        object.__setattr__(self, "coordinate", Angle(self.sigma_data))
 
     def total(self, lam_t: Real, s: End, tau2: Real) -> Real:
         # theta_s - theta_t as one arctangent: no difference of nearly equal angles
@@ -163,11 +149,11 @@ class V(Form):
         else:
             u, w = m.exp(-a), m.exp(-b)
             angle = m.atan2(u * -m.expm1(s.lam - lam_t), 1.0 + u * w)
-        return self._r(s.alpha, s.sigma) * angle
+        return self.coordinate.scale(s) * angle
 
     def kernel(self, lam: Real, s: End, tau2: Real) -> Real:
         a = lam + math.log(self.sigma_data)
-        return -self._r(s.alpha, s.sigma) / (m.exp(a) + m.exp(-a))
+        return -self.coordinate.scale(s) / (m.exp(a) + m.exp(-a))
 
 
 @dataclass(frozen=True)
@@ -177,13 +163,7 @@ class Flow(Form):
     The time of rectified flow (Liu et al. 2022, arXiv:2209.03003), for any law.
     """
 
-    needs_drift = False
-
-    def slope(self, knot: Knot) -> tuple[Real, Real]:
-        return -1.0, 1.0
-
-    def carry(self, t: Knot, s: Knot, tau2: Real) -> Real:
-        return (s.alpha + s.sigma) / (t.alpha + t.sigma)
+    coordinate = NoiseShare()
 
     def total(self, lam_t: Real, s: End, tau2: Real) -> Real:
         if isinstance(lam_t, float) and lam_t == -math.inf:
@@ -200,30 +180,20 @@ PREDICTIONS: Mapping[str, type[Form]] = {"data": Data, "noise": Noise, "v": V, "
 """What a solver may interpolate, whatever the network was trained to output."""
 
 
-def _half_log_snr(lam: Real) -> Real:
-    return lam
+def form_of(prediction: str, sigma_data: float) -> Form:
+    """The form of a name in `PREDICTIONS`; `sigma_data` is for those that have it."""
+    check_positive("sigma_data", sigma_data)
+    kind = lookup(PREDICTIONS, prediction, "prediction")
+    return kind(sigma_data) if kind is V else kind()
 
 
-def _noise_ratio(lam: Real) -> Real:
-    return m.exp(-lam)
-
-
-def _angle(lam: Real) -> Real:
-    ratio = m.exp(-lam)
-    return m.atan2(ratio, m.full_like(ratio, 1.0))
-
-
-def _noise_share(lam: Real) -> Real:
-    return m.sigmoid(-lam)
-
-
-VARIABLES: Mapping[str, Callable[[Real], Real]] = {
-    "half_log_snr": _half_log_snr,
-    "noise_ratio": _noise_ratio,
-    "angle": _angle,
-    "noise_share": _noise_share,
+VARIABLES: Mapping[str, Coordinate] = {
+    "half_log_snr": HalfLogSNR(),
+    "noise_ratio": NoiseRatio(),
+    "angle": Angle(),
+    "noise_share": NoiseShare(),
 }
-"""Variables in which the prediction is a polynomial: lambda, sigma / alpha, its arctangent, sigma / (alpha + sigma)."""
+"""Variables in which the prediction is a polynomial: the u of a coordinate."""
 
 # 24 Gauss-Legendre nodes integrate the data and noise kernels to rounding over steps of up to ten units of lambda; the
 # v kernel and the angle, with poles at i pi / 2, to 5e-12 over five units and 1e-6 over ten
@@ -263,7 +233,7 @@ class Interpolation:
         ws = self.weights(t, s, [k for k, _ in nodes], base, tau2)
         scale, terms = self.form.carry(t, s, tau2), []
         for (knot, prediction), w in zip(nodes, ws, strict=True):
-            a, b = self.form.slope(knot)
+            a, b = self.form.coordinate.slope(knot)
             of_x, of_raw = prediction.weights(w * a, w * b)
             if prediction.x is x:
                 scale = scale + of_x
@@ -281,7 +251,7 @@ class Interpolation:
 
     def usable(self, nodes: Nodes) -> Nodes:
         """Without knots where the variable is infinite (alpha = 0), unless there is no other."""
-        if len(nodes) == 1 or self.variable in ("angle", "noise_share"):
+        if len(nodes) == 1 or not VARIABLES[self.variable].needs_drift:
             return nodes
         kept = [n for n in nodes if not (isinstance(n[0].half_log_snr, float) and math.isinf(n[0].half_log_snr))]
         return kept or nodes[-1:]
@@ -309,7 +279,7 @@ def _weights(rule: Interpolation, base: int, tau2: Real, s: End, lams: Sequence[
     if n == 2 and rule.midpoint:
         other = 0.5 * total * h / (lams[1 - base % 2] - lam_t)
         return [total - other, other] if base % 2 == 0 else [other, total - other]
-    variable = VARIABLES[rule.variable]
+    variable = VARIABLES[rule.variable].u
     at = [variable(lam) for lam in lams]
     base %= n
     others = [j for j in range(n) if j != base]

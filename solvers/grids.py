@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sde_lib import DATA, SDE, Chain, Knot, Law, Table, lookup
 from sde_lib._checks import check_positive
+from solvers.coordinates import Angle, Coordinate, HalfLogSNR, Time
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,24 @@ class Grid:
     def _start(self, law: SDE, needs_drift: bool) -> float:
         return law.drift_t_max if needs_drift else law.t_max
 
-    def _forward(self, law: SDE, t: float) -> float:
-        """The quantity that the grid spaces equally."""
+    def _along(self) -> Coordinate:
+        """The coordinate whose u the grid spaces equally, unless it says how to compute another quantity."""
         raise NotImplementedError
 
+    def _forward(self, law: SDE, t: float) -> float:
+        """The quantity that the grid spaces equally."""
+        return float(self._along().of(law.knot(t)))
+
     def _inverse(self, law: SDE, u: float) -> float:
-        raise NotImplementedError
+        return float(self._along().knot(law, u).t)
 
 
 @dataclass(frozen=True)
 class UniformTime(Grid):
     """Equal steps in t (Song et al. 2021)."""
 
-    def _forward(self, law: SDE, t: float) -> float:
-        return t
-
-    def _inverse(self, law: SDE, u: float) -> float:
-        return u
+    def _along(self) -> Coordinate:
+        return Time()
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,8 @@ class UniformHalfLogSNR(Grid):
     def _start(self, law: SDE, needs_drift: bool) -> float:
         return law.drift_t_max
 
-    def _forward(self, law: SDE, t: float) -> float:
-        return law.half_log_snr(t)
-
-    def _inverse(self, law: SDE, u: float) -> float:
-        return law.time_at(u)
+    def _along(self) -> Coordinate:
+        return HalfLogSNR()
 
 
 @dataclass(frozen=True)
@@ -142,11 +141,8 @@ class UniformAngle(Grid):
     def __post_init__(self) -> None:
         check_positive("sigma_data", self.sigma_data)
 
-    def _forward(self, law: SDE, t: float) -> float:
-        return math.atan2(law.sigma(t), law.alpha(t) * self.sigma_data)
-
-    def _inverse(self, law: SDE, u: float) -> float:
-        return law.time_at(-math.log(math.tan(u) * self.sigma_data))
+    def _along(self) -> Coordinate:
+        return Angle(self.sigma_data)
 
 
 @dataclass(frozen=True)

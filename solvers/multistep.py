@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sde_lib import Knot, Law, Prediction, ReverseSDE, lookup
-from sde_lib._checks import check_nonnegative, check_positive
+from sde_lib._checks import check_nonnegative
 from sde_lib._math import Real
-from solvers.exponential import PREDICTIONS, VARIABLES, Form, Interpolation, V
+from solvers.exponential import VARIABLES, Interpolation, form_of
 from solvers.noise import Draw
 from solvers.solver import Past, Solver, Step, made_ahead, without_ahead
 
@@ -77,19 +77,17 @@ class Multistep(Solver):
                 raise ValueError(f"`{name}` must be an int in {least} … 8, got {value!r}.")
         if self.corrector == 1:
             raise ValueError("`corrector` counts the new knot and t: at least 2, or 0 for none.")
-        kind = lookup(PREDICTIONS, self.prediction, "prediction")
+        form = form_of(self.prediction, self.sigma_data)
         lookup(VARIABLES, self.variable, "variable")
         if self.starter not in STARTERS:
             raise ValueError(f'`starter` must be "graded" or "ramp", got {self.starter!r}.')
         check_nonnegative("tau", self.tau)
-        check_positive("sigma_data", self.sigma_data)
         if not 0 <= self.tau_min <= self.tau_max:
             raise ValueError(f"Need 0 <= `tau_min` <= `tau_max`, got {self.tau_min} and {self.tau_max}.")
-        if self.tau > 0 and not kind.noisy:
+        if self.tau > 0 and not form.noisy:
             raise ValueError(f'tau > 0 needs prediction="data" or "noise", got {self.prediction!r}.')
         if self.half_d2 and self.variable != "half_log_snr":
             raise ValueError('`half_d2` reproduces a published formula in lambda: it needs variable="half_log_snr".')
-        form: Form = V(self.sigma_data) if kind is V else kind()
         object.__setattr__(self, "_rule", Interpolation(form, self.variable, self.midpoint, self.half_d2))
 
     # --- what it declares -------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from sde_lib import Knot, ReverseSDE, lookup
-from sde_lib._checks import check_nonnegative, check_positive
-from solvers.exponential import PREDICTIONS, Form, Interpolation, V, rescaled
+from sde_lib import Knot, ReverseSDE
+from sde_lib._checks import check_nonnegative
+from solvers.exponential import Interpolation, form_of, rescaled
 from solvers.noise import Draw
 from solvers.solver import Past, Solver, Step, made_ahead
 
@@ -59,14 +59,12 @@ class SingleStep(Solver):
         ):
             raise ValueError(f"`stages` must be one or two different positions in (0, 1), got {self.stages!r}.")
         object.__setattr__(self, "stages", stages)
-        kind = lookup(PREDICTIONS, self.prediction, "prediction")
+        form = form_of(self.prediction, self.sigma_data)
         check_nonnegative("tau", self.tau)
-        check_positive("sigma_data", self.sigma_data)
-        if self.tau > 0 and (len(stages) > 1 or not kind.noisy):
+        if self.tau > 0 and (len(stages) > 1 or not form.noisy):
             raise ValueError('tau > 0 goes with one stage and prediction="data" or "noise".')
         if self.fast and len(stages) < 2:
             raise ValueError("The fast plan mixes orders 3, 2 and 1: it needs two stages.")
-        form: Form = V(self.sigma_data) if kind is V else kind()
         object.__setattr__(self, "_rule", Interpolation(form, midpoint=self.midpoint))
 
     @property

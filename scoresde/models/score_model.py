@@ -11,8 +11,19 @@ from torch import Tensor, nn
 from scoresde.codecs import CODECS, Affine, Codec
 from scoresde.data.spec import DataSpec
 from scoresde.losses import chain_loss, continuous_loss
-from sde_lib import NOISE_LEVELS, PARAMETERIZATIONS, SDE, SDES, Chain, Knot, Prediction, ReverseSDE, build, lookup
-from sde_lib import _math as m
+from sde_lib import (
+    NOISE_LEVELS,
+    PARAMETERIZATIONS,
+    SDE,
+    SDES,
+    Chain,
+    Knot,
+    Prediction,
+    ReverseSDE,
+    build,
+    lookup,
+    state_std,
+)
 from sde_lib._checks import check_positive, check_state, options_of, section_key
 from sde_lib._math import Real
 from sde_lib.reverse import knot_of
@@ -175,8 +186,7 @@ class ScoreModel(nn.Module):
 
     def _network(self, x: Tensor, knot: Knot, condition: Mapping[str, Any]) -> Tensor:
         if self.input_scaling == "unit":
-            signal = knot.alpha * self.sigma_data
-            c_in: Real = 1.0 / m.sqrt(knot.sigma * knot.sigma + signal * signal)
+            c_in: Real = 1.0 / state_std(knot, self.sigma_data)
             x_in = x * c_in.to(x.dtype) if isinstance(c_in, Tensor) else x * c_in
         else:
             x_in = x

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sde_lib import VPSDE, GaussianMixture, Knot, ReverseSDE
 from solvers import (
+    COORDINATES,
     DDIM,
     TABLEAUX,
     AdaptiveDPMSolver,
@@ -367,9 +368,9 @@ def test_bad_dpm_solvers():
             make()
 
 
-@pytest.mark.parametrize("coordinate", ["time", "noise_ratio", "half_log_snr", "angle"])
+@pytest.mark.parametrize("coordinate", COORDINATES)
 def test_coordinates_agree_in_the_limit(coordinate):
-    """Four coordinates, one solution; upward too."""
+    """All coordinates, one solution; upward too."""
     error, _ = flow_errors(AdaptiveRungeKutta(rtol=1e-10, atol=1e-10, coordinate=coordinate))
     assert float(error.max()) < 1e-7
     sde, data = make_sde("vp"), mixture()
@@ -425,7 +426,7 @@ def test_mixture_in_sixteen_dimensions(golden):
 # --- libraries ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coordinate", ["time", "noise_ratio", "half_log_snr", "angle"])
+@pytest.mark.parametrize("coordinate", COORDINATES)
 @pytest.mark.parametrize(
     ("method", "ours"), [("euler", "euler"), ("midpoint", "midpoint"), ("heun2", "heun")], ids=lambda v: str(v)
 )
