@@ -380,7 +380,14 @@ images.data_spec.check(np.zeros((2, 1, 4, 4)))
 MLP(())
 MLP((2,), width=0)
 MLP((2,), depth=-1)
-MLP((2,), num_classes=-2)
+MLP((2,), 3)
+MLP((2,), {"class_label": 3})
+MLP((2,), {"class_label": {"kind": "class", "classes": -2}})
+MLP((2,), {"class_label": {"kind": "klass", "classes": 3}})
+MLP((2,), {"class_label": {"kind": "class", "number": 3}})
+MLP((2,), {"x": {"kind": "class", "classes": 3}})
+UNet((1, 8, 8), {"low": {"kind": "image", "shape": (1, 4, 4)}}, channels=8)
+NCSNv2((1, 8, 8), {"class_label": {"kind": "class", "classes": 3}})
 UNet((1, 8, 8), channels=0)
 UNet((1, 7, 7), channels=8)
 UNet((8, 8), channels=8)
@@ -396,7 +403,11 @@ DiT((4, 8, 8), depth=0)
 UNet((1, 8, 8), channels=8)(torch.zeros(2, 3, 8, 8), torch.zeros(2))
 UNet((1, 8, 8), channels=8)(torch.zeros(2, 1, 8, 8), torch.zeros(3))
 UNet((1, 8, 8), channels=8)(torch.zeros(2, 1, 8, 8), torch.zeros(2), class_label=torch.zeros(2).long())
-MLP((2,), num_classes=3)(x, torch.zeros(3), class_label=torch.tensor([0, 1, 9]))
+MLP((2,), THREE)(x, torch.zeros(3), class_label=torch.tensor([0, 1, 9]))
+MLP((2,), THREE)(x, torch.zeros(3), class_label=torch.tensor([0, 1]))
+MLP((2,), THREE)(x, torch.zeros(3), class_label=1)
+MLP((2,), THREE)(x, torch.zeros(3), klass=torch.tensor([0, 1, 2]))
+MLP((2,), {"text": {"kind": "tokens", "shape": (2, 3)}})(x, torch.zeros(3), text=torch.zeros(3, 2, 3))
 
 # losses and training
 continuous_loss(ScoreModel(net, chain, noise_level="index"), x)
@@ -805,7 +816,8 @@ class Fixtures:
         names: dict[str, Any] = {}
         for module in (sde_lib, solvers, scoresde):
             names |= {name: getattr(module, name) for name in module.__all__}
-        for module, extra in (("scoresde.data", ("Arrays", "Digits")), ("scoresde.networks", ("NCSNpp", "DiT"))):
+        networks = ("NCSNpp", "NCSNv2", "DiT")
+        for module, extra in (("scoresde.data", ("Arrays", "Digits")), ("scoresde.networks", networks)):
             names |= {name: getattr(__import__(module, fromlist=["*"]), name) for name in extra}
         if hasattr(scoresde.ScoreModel, "from_pretrained"):  # of earlier versions
             names["from_pretrained"] = scoresde.ScoreModel.from_pretrained
@@ -815,8 +827,9 @@ class Fixtures:
         small = {"network": {"name": "unet", "unet": {"shape": [1, 4, 4], "channels": 8}}, "data_spec": None}
         images = scoresde.ScoreModel.from_config({**self.config, **small}).eval()
         images.data_spec = scoresde.DataSpec((1, 4, 4), 16)
-        classed = {"name": "mlp", "mlp": {"shape": [2], "width": 8, "depth": 1, "num_classes": 3}}
-        spec = {"shape": [2], "num_classes": 3}
+        three = {"class_label": {"kind": "class", "classes": 3}}
+        classed = {"name": "mlp", "mlp": {"shape": [2], "width": 8, "depth": 1, "conditions": three}}
+        spec = {"shape": [2], "conditions": three}
         helpers = ("toy", "file_of", "header", "of", "tensors", "changed", "saved", "folder", "diffusers", "npz")
         return names | {name: getattr(self, name) for name in helpers} | {
             "torch": torch, "np": np, "math": math, "nan": math.nan, "inf": math.inf, "configs": configs,
@@ -825,7 +838,7 @@ class Fixtures:
             "digits": torch.arange(32).reshape(2, 1, 4, 4) % 16,
             "net": scoresde.MLP((2,), width=8, depth=1), "model": self.model.eval(), "images": images,
             "classed": scoresde.ScoreModel.from_config({**self.config, "network": classed, "data_spec": spec}).eval(),
-            "good": str(self.good), "tmp": str(self.new()),
+            "THREE": three, "good": str(self.good), "tmp": str(self.new()),
             "truncate": lambda b: b[: len(b) // 2], "flip_header": lambda b: b[:20] + bytes([b[20] ^ 255]) + b[21:],
         }  # fmt: skip
 

@@ -166,14 +166,14 @@ def _edm(small: bool) -> ScoreModel:
 def _adm(small: bool) -> ScoreModel:
     options = {"channels": 16, "blocks": 1, "multipliers": (1, 2), "attention": (8,), "head_channels": 8}
     size, options = (16, options) if small else (64, {})
-    network = ADM((3, size, size), num_classes=1000, **options)  # type: ignore[arg-type]
+    network = ADM((3, size, size), classes(1000), **options)  # type: ignore[arg-type]
     return ScoreModel(network, EDMSDE(), "edm", "quarter_log_sigma", _spec(size, 1000))
 
 
 def _dit(small: bool) -> ScoreModel:
     options = {"width": 32, "depth": 2, "heads": 2} if small else {"width": 384, "depth": 12, "heads": 6}
     size = 16 if small else 32
-    network = DiT((4, size, size), num_classes=1000, **options)
+    network = DiT((4, size, size), classes(1000), **options)
     spec = DataSpec((4, size, size), conditions=classes(1000))
     return ScoreModel(network, VPSDE(), "noise", "t999", spec, input_scaling="none")
 

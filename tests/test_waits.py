@@ -11,6 +11,7 @@ from devices import META, waits
 from oracles import make_sde
 
 from scoresde import ScoreModel, chain_loss, continuous_loss
+from scoresde.data.conditions import ConditionSpec, null_condition
 from scoresde.networks import NETWORKS
 from sde_lib import SDES, VPSDE, FlowSDE
 from solvers import SOLVERS, BrownianPath, PerSample, Recorded, solve
@@ -19,11 +20,11 @@ FIXED = [name for name, cls in SOLVERS.items() if not cls.adaptive]
 IMAGES = {"shape": (3, 16, 16)}
 SMALL = {
     "mlp": {"shape": (2,)},
-    "unet": IMAGES | {"channels": 8, "attention": (8,), "num_classes": 3},
+    "unet": IMAGES | {"channels": 8, "attention": (8,)},
     "ncsnpp": IMAGES | {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,)},
     "ddpm": IMAGES | {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention": (8,)},
-    "adm": IMAGES | {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,), "num_classes": 3},
-    "dit": IMAGES | {"width": 16, "depth": 2, "heads": 2, "num_classes": 3},
+    "adm": IMAGES | {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention": (8,)},
+    "dit": IMAGES | {"width": 16, "depth": 2, "heads": 2},
     "ncsn": IMAGES | {"channels": 4},
     "ncsnv2": IMAGES | {"channels": 4},
 }
@@ -79,20 +80,31 @@ def test_a_range_of_seeds_is_counted_on_the_device():
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_network_waits(name):
-    """Forward and backward, with the class where there is one; a second pyramid for the U-Net with filters."""
+    """Forward and backward, under conditions of every kind; a second pyramid for the U-Net with filters."""
     variants = [{}]
     if name == "ncsnpp":
         variants += [{"input_pyramid": "skip", "output_pyramid": "skip"}, {"resampling": "convolution"}]
         variants += [{"output_pyramid": "residual", "embedding": "sinusoidal"}]
     for more in variants:
         options = SMALL[name] | more
+        if not name.startswith("ncsn") or name == "ncsnpp":
+            sides = options["shape"][1:] or (2, 2)
+            specs = {
+                "class_label": ConditionSpec("class", classes=3),
+                "pose": ConditionSpec("vector", (4,)),
+                "low": ConditionSpec("image", (1, *sides)),
+                "text": ConditionSpec("tokens", (3, 5)),
+                "words": ConditionSpec("tokens", (3,), classes=7),
+            }
+            options |= {"conditions": specs, "target_noise_level": True}
         with torch.device("meta"):
             net = NETWORKS[name](**options)
-        x, label = state(2, *options["shape"]), state(2)
-        condition = {"class_label": state(2).long()} if options.get("num_classes") else {}
-        with waits() as seen:
-            net(x, label, **condition).sum().backward()
-        assert not seen
+        x, level = state(2, *options["shape"]), state(2)
+        given = null_condition(options.get("conditions", {}), 2, META)
+        for condition in ({}, given):  # left out, and given
+            with waits() as seen:
+                net(x, level, **condition).sum().backward()
+            assert not seen
 
 
 @pytest.mark.parametrize("name", [*SDES, "chain"])

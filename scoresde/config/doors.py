@@ -111,9 +111,8 @@ def model_config(config: ml_collections.ConfigDict, spec: DataSpec, codec: Codec
     lookup_entry(NETWORKS, config.network.name, "network")
     lookup_entry(SDES, config.sde.name, "sde")
     network = chosen(to_dict(config.network))
-    network.setdefault(section_key(network["name"]), {}).update(
-        shape=list(codec.state_shape), num_classes=spec.num_classes
-    )
+    conditions = spec.to_dict().get("conditions", {})
+    network.setdefault(section_key(network["name"]), {}).update(shape=list(codec.state_shape), conditions=conditions)
     return {
         **to_dict(config.model),
         "network": network,

@@ -106,7 +106,7 @@ def places() -> dict[str, Place]:
 
     return {
         "sde": Place(SDES, "sde", "vp"),
-        "network": Place(NETWORKS, "network", "unet", frozenset({"shape", "num_classes"})),
+        "network": Place(NETWORKS, "network", "unet", frozenset({"shape", "conditions"})),
         "data": Place(DATASETS, "data set", "digits"),
         "codec": Place(CODECS, "codec", "affine", frozenset({"spec", "data"}), via="fit"),
         "sampling.solver": Place(SOLVERS, "solver", "heun"),

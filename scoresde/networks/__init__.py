@@ -1,15 +1,16 @@
-"""Networks: ``forward(x, label, *, class_label=None)``, x (B, *D), label (B,) -> (B, *D).
+"""Networks: ``forward(x, noise_level, **condition)``, x (B, *D), noise level (B,) -> (B, *D).
 
-`label` is what the score model's label map makes of the time. `class_label` is an int64 tensor (B,);
-`num_classes`, one past the last class, is the null token, and None means null for every row. Rows never see each
-other. Constructors take `shape` (D) and `num_classes` from the data; every other option has a JSON-able default. A
-network whose attribute `learned_variance` is true returns twice the channels; the second half says a variance.
+The noise level is what the score model's map makes of the time. Conditions are those that the constructor was told of
+in `conditions`, by their names; one that is left out is none: see `ConditionEmbedding`. Rows never see each other.
+Constructors take `shape` (D) and `conditions` from the data; every other option has a JSON-able default. A network
+whose attribute `learned_variance` is true returns twice the channels; the second half says a variance.
 """
 
 from collections.abc import Mapping
 
 from torch import nn
 
+from scoresde.networks.conditioning import ConditionEmbedding
 from scoresde.networks.dit import DiT
 from scoresde.networks.embeddings import FourierEmbedding, SinusoidalEmbedding
 from scoresde.networks.mlp import MLP
@@ -36,6 +37,7 @@ __all__ = [
     "MLP",
     "NCSN",
     "NETWORKS",
+    "ConditionEmbedding",
     "DiT",
     "FourierEmbedding",
     "NCSNpp",

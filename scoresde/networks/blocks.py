@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scoresde.networks.conditioning import CrossAttention, Tokens
 from scoresde.networks.embeddings import zeroed
 from scoresde.networks.resampling import Resample
 
@@ -105,6 +106,14 @@ class ResidualBlock(nn.Module):
         return joined(self.skip(self.resample(x)), h, self.rescale)
 
 
+def heads_of(channels: int, head_channels: int, heads: int) -> int:
+    """Number of heads: `heads`, or those of `head_channels` each (0: one head); lowered to a divisor of `channels`."""
+    heads = heads or (max(1, channels // head_channels) if head_channels else 1)
+    while channels % heads:
+        heads -= 1
+    return heads
+
+
 class Attention(nn.Module):
     """Self-attention over the pixels, as a residual branch: (B, C, H, W) -> (B, C, H, W).
 
@@ -127,10 +136,7 @@ class Attention(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.heads = heads or (max(1, channels // head_channels) if head_channels else 1)
-        while channels % self.heads:
-            self.heads -= 1
-        self.rescale = rescale
+        self.heads, self.rescale = heads_of(channels, head_channels, heads), rescale
         self.norm = group_norm(channels, norm_groups, norm_eps)
         # output channels in the order (q, k, v) x heads x channels of a head
         self.qkv, self.out = conv(channels, 3 * channels, 1), conv(channels, channels, 1, zero=True)
@@ -144,16 +150,45 @@ class Attention(nn.Module):
         return joined(x, self.out(h), self.rescale)
 
 
-class Stage(nn.Module):
-    """A residual block, and attention after it where there is any."""
+class Reading(nn.Module):
+    """Attention from the pixels to tokens, as a residual branch that is zero at first: (B, C, H, W) -> (B, C, H, W).
 
-    def __init__(self, block: ResidualBlock, attention: Attention | None = None) -> None:
+    Args:
+        channels: C.
+        width: features of the tokens.
+        heads: heads of attention, a divisor of C.
+        norm_groups: see `group_norm`.
+        norm_eps: added to the variance in the norm.
+    """
+
+    def __init__(
+        self, channels: int, width: int, heads: int, norm_groups: int | None = None, norm_eps: float = 1e-5
+    ) -> None:
         super().__init__()
-        self.block, self.attention = block, attention
+        self.norm = group_norm(channels, norm_groups, norm_eps)
+        self.attention = CrossAttention(channels, width, heads)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        b, c, height, width = x.shape
+        h = self.norm(x).permute(0, 2, 3, 1).reshape(b, height * width, c)
+        h = self.attention(h, tokens).reshape(b, height, width, c)
+        # the sum is not rescaled: without tokens to read, x goes on as it is
+        return x + h.permute(0, 3, 1, 2)
+
+
+class Stage(nn.Module):
+    """A residual block; after it attention to the other pixels and to tokens, where there are any."""
+
+    def __init__(
+        self, block: ResidualBlock, attention: Attention | None = None, reading: Reading | None = None
+    ) -> None:
+        super().__init__()
+        self.block, self.attention, self.reading = block, attention, reading
+
+    def forward(self, x: Tensor, c: Tensor, tokens: Tokens | None = None) -> Tensor:
         x = self.block(x, c)
-        return x if self.attention is None else self.attention(x)
+        x = x if self.attention is None else self.attention(x)
+        return x if self.reading is None or tokens is None else self.reading(x, tokens)
 
 
 class Outlet(nn.Module):

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.networks.embeddings import SinusoidalEmbedding, check_count, check_dropout, zeroed
+from scoresde.data.conditions import ConditionSpec
+from scoresde.networks.conditioning import ConditionEmbedding, Conditions, CrossAttention, Tokens, check_images
+from scoresde.networks.embeddings import check_count, check_dropout, zeroed
 
 FEATURES = 256
-"""Sinusoidal features of the label, whatever the width of the network."""
+"""Sinusoidal features of a noise level, whatever the width of the network."""
 
 
 def position_table(
@@ -51,38 +53,6 @@ def normed(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=1e-6), 1.0 + scale[:, None])
 
 
-class TimeAndClass(nn.Module):
-    """Label (B,) and class (B,) -> (B, width): features -> linear -> silu -> linear, plus a row of the class table.
-
-    Args:
-        width: number of features of the result.
-        num_classes: number of classes; the table's last row is the null class. 0: no table.
-        max_period: P; the frequencies are P^(-i / 128), i < 128.
-    """
-
-    def __init__(self, width: int, num_classes: int, max_period: float) -> None:
-        super().__init__()
-        half = FEATURES // 2
-        # the embedding's own frequencies, max_period^(-i / (half - 1)), reach the end of their range; these stop short
-        self.label = SinusoidalEmbedding(FEATURES, max_period ** ((half - 1) / half))
-        self.first, self.second = nn.Linear(FEATURES, width), nn.Linear(width, width)
-        self.num_classes = num_classes
-        self.classes = nn.Embedding(num_classes + 1, width) if num_classes else None
-
-    def forward(self, label: Tensor, class_label: Tensor | None = None) -> Tensor:
-        h = self.label(label).to(self.first.weight.dtype)
-        h = self.second(F.silu(self.first(h)))
-        if self.classes is None:
-            if class_label is not None:
-                raise ValueError("This network was built without classes: call it without `class_label`.")
-            return h
-        if class_label is None:
-            class_label = torch.full_like(label, self.num_classes, dtype=torch.int64)
-        if class_label.shape != label.shape:
-            raise ValueError(f"`class_label` must have shape {tuple(label.shape)}, got {tuple(class_label.shape)}.")
-        return h + self.classes(class_label)
-
-
 class DiTBlock(nn.Module):
     r"""Self-attention and an MLP, both modulated: x (B, N, width), c (B, width) -> (B, N, width).
 
@@ -90,16 +60,19 @@ class DiTBlock(nn.Module):
               x \leftarrow x + g_2 \, \mathrm{mlp}((1 + s_2) \, \mathrm{norm}(x) + b_2),
 
     where :math:`(b_1, s_1, g_1, b_2, s_2, g_2)` is a linear map of c, zero at first ("adaLN-zero"): the block starts
-    as the identity. The MLP is linear -> gelu (in its tanh form) -> linear.
+    as the identity. The MLP is linear -> gelu (in its tanh form) -> linear. Between the two, tokens of conditions are
+    read, if there are any: x <- x + cross-attention(norm(x), tokens), zero at first (Chen et al. 2023,
+    arXiv:2310.00426).
 
     Args:
         width: features of a token.
         heads: of attention, a divisor of the width.
         hidden: features inside the MLP.
         dropout: of the results of attention and MLP.
+        reads: whether there are tokens.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float, reads: bool) -> None:
         super().__init__()
         self.heads = heads
         self.modulation = nn.Linear(width, 6 * width)
@@ -107,6 +80,7 @@ class DiTBlock(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.dropout = nn.Dropout(dropout)
+        self.reading = CrossAttention(width, width, heads) if reads else None
 
     def _attention(self, x: Tensor) -> Tensor:
         b, n, width = x.shape
@@ -114,10 +88,12 @@ class DiTBlock(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)
         return self.out(h.transpose(1, 2).reshape(b, n, width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, tokens: Tokens | None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, 1)
         h = self._attention(normed(x, shift1, scale1))
         x = torch.addcmul(x, gate1[:, None], self.dropout(h))
+        if self.reading is not None and tokens is not None:
+            x = x + self.dropout(self.reading(F.layer_norm(x, x.shape[-1:], eps=1e-6), tokens))
         h = self.second(F.gelu(self.first(normed(x, shift2, scale2)), approximate="tanh"))
         return torch.addcmul(x, gate2[:, None], self.dropout(h))
 
@@ -135,10 +111,11 @@ class DiTOutlet(nn.Module):
 
 
 class DiT(nn.Module):
-    r"""Diffusion transformer: patches as tokens, blocks of attention that the time and the class modulate.
+    r"""Diffusion transformer: patches as tokens, blocks of attention that the noise level and conditions modulate.
 
-    ``forward(x, label, class_label=None)``: x (B, C, H, W), label (B,), class (B,) -> (B, C, H, W), or (B, 2 C, H, W)
-    with a learned variance. Rows do not see each other. The output starts at zero, and every block as the identity.
+    ``forward(x, noise_level, **condition)``: x (B, C, H, W), noise level (B,) -> (B, C, H, W), or (B, 2 C, H, W) with a
+    learned variance. Rows do not see each other. The output starts at zero, and every block as the identity. Tokens of
+    conditions are read by every block; images join the channels of x: see `ConditionEmbedding`.
 
     Patches of p x p pixels become N = H W / p^2 tokens by a linear map, plus `position_table`; after the blocks
     (`DiTBlock`) each token becomes the p x p pixels of its patch again. Cost grows as N^2: p = 2 is meant for latents
@@ -162,33 +139,36 @@ class DiT(nn.Module):
     for those, as `divergence` and the likelihoods do by themselves.
 
     Initial values are those of the paper's code: Xavier uniform weights, zero biases, N(0, 0.02^2) for the class table
-    and the label's two maps, zeros for all modulations and the last map.
+    and the noise level's two maps, zeros for all modulations and the last map.
 
     Source: Peebles & Xie 2023, arXiv:2212.09748, with adaLN-zero. Deviations: H need not equal W; dropout; classes are
     dropped at random by the caller, who passes the null class, not in here.
 
     Args:
         shape: (C, H, W); H and W multiples of `patch`.
-        num_classes: number of classes, 0 for none; index `num_classes` is the null token.
+        conditions: name -> `ConditionSpec`, or its arguments.
         patch: side p of a patch.
         width: features of a token, a multiple of 4 (sin and cos of two coordinates) and of `heads`.
         depth: number of blocks.
         heads: heads of attention.
         mlp_ratio: features inside a block's MLP, in units of `width`.
-        max_period: P of the label's frequencies P^(-i / 128), for labels of hundreds such as 999 t.
+        max_period: P of the frequencies P^(-i / 128), for noise levels of hundreds such as 999 t.
         dropout: probability, on the results of attention and MLP; the paper has none.
         learned_variance: a second output of C channels, from which chains take a variance (Nichol & Dhariwal 2021,
             arXiv:2102.09672), as in the published weights.
+        target_noise_level: whether there is a second noise level, see `ConditionEmbedding`.
+        pool_tokens: whether tokens are pooled, too, see `ConditionEmbedding`.
 
     Raises:
         ValueError: for a shape that is not (C, H, W), sides that are not multiples of the patch, or an option out of
-            range; by `forward` for an x or classes of the wrong shape, or classes without a class table.
+            range; by `forward` for an x or a condition of the wrong shape.
+        TypeError: by `forward` for a condition that it was built without.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
-        num_classes: int = 0,
+        conditions: Conditions | None = None,
         patch: int = 2,
         width: int = 384,
         depth: int = 12,
@@ -197,12 +177,13 @@ class DiT(nn.Module):
         max_period: float = 10000.0,
         dropout: float = 0.0,
         learned_variance: bool = False,
+        target_noise_level: bool = False,
+        pool_tokens: bool = False,
     ) -> None:
         super().__init__()
         self.shape = tuple(int(n) for n in shape)
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ValueError(f"`shape` must be (C, H, W), all >= 1, got {self.shape}; use network 'mlp' for vectors.")
-        check_count("num_classes", num_classes, 0)
         for name, value in (("patch", patch), ("width", width), ("depth", depth), ("heads", heads)):
             check_count(name, value)
         data, high, wide = self.shape
@@ -220,42 +201,58 @@ class DiT(nn.Module):
         if not max_period > 1.0:
             raise ValueError(f"`max_period` must be > 1, got {max_period}.")
         check_dropout(dropout)
-        self.num_classes, self.patch, self.width = num_classes, patch, width
-        self.learned_variance = learned_variance
+        self.patch, self.width, self.learned_variance = patch, width, learned_variance
         self.rows, self.columns = high // patch, wide // patch
         self.outputs = 2 * data if learned_variance else data
         self.inlet = nn.Conv2d(data, width, patch, patch)
-        self.condition = TimeAndClass(width, num_classes, max_period)
+
+        def inlet(spec: ConditionSpec) -> nn.Module:
+            return nn.Conv2d(spec.shape[0], width, patch, patch, bias=False)
+
+        self.condition = ConditionEmbedding(
+            width,
+            conditions,
+            # the embedding's own frequencies, P^(-i / (half - 1)), reach the end of their range; these stop short
+            max_period=max_period ** ((FEATURES // 2 - 1) / (FEATURES // 2)),
+            features=FEATURES,
+            target_noise_level=target_noise_level,
+            pool_tokens=pool_tokens,
+            inlet=inlet,
+        )
+        check_images(self.condition.specs, self.shape)
+        reads = bool(self.condition.names("tokens"))
         hidden = int(mlp_ratio * width)
-        self.blocks = nn.ModuleList([DiTBlock(width, heads, hidden, dropout) for _ in range(depth)])
+        self.blocks = nn.ModuleList([DiTBlock(width, heads, hidden, dropout, reads) for _ in range(depth)])
         self.outlet = DiTOutlet(width, patch * patch * self.outputs)
         self._initialise()
 
     def _initialise(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d) and not getattr(module, "starts_at_zero", False):
                 # the convolution is a linear map of patches, and its fans are counted as such
                 nn.init.xavier_uniform_(module.weight.flatten(1))
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-        for table in (self.condition.first, self.condition.second, self.condition.classes):
-            if table is not None:
-                nn.init.normal_(table.weight, std=0.02)
+        condition = self.condition
+        classes = [condition.branches[name] for name in condition.names("class")]
+        for module in (condition.first, condition.second, *classes):
+            nn.init.normal_(module.weight, std=0.02)
         block: Any
         for block in self.blocks:
             zeroed(block.modulation)
         zeroed(self.outlet)
 
-    def forward(self, x: Tensor, label: Tensor, *, class_label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, noise_level: Tensor, *, target_noise_level: Tensor | None = None, **condition: Any
+    ) -> Tensor:
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}.")
-        # the silu in front of every modulation is the same: once for all
-        c = F.silu(self.condition(label, class_label))
-        h = self.inlet(x).flatten(2).transpose(1, 2)
+        c, tokens, extra = self.condition(noise_level, target_noise_level, condition=condition)
+        h = (self.inlet(x) if extra is None else self.inlet(x) + extra).flatten(2).transpose(1, 2)
         kind = self.inlet.weight.dtype  # not h's: under autocast tokens are summed up in the parameters' precision
         exact = torch.float64 if kind == torch.float64 else torch.float32
         h = h + position_table(self.rows, self.columns, self.width, exact, h.device).to(kind)
         for block in self.blocks:
-            h = block(h, c)
+            h = block(h, c, tokens)
         # a token holds its patch in the order row, column, channel
         pixels = self.outlet(h, c).reshape(-1, self.rows, self.columns, self.patch, self.patch, self.outputs)
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.outputs, *self.shape[1:])
@@ -267,7 +264,7 @@ PUBLISHED = {
     "inlet": "x_embedder.proj",
     "condition.first": "t_embedder.mlp.0",
     "condition.second": "t_embedder.mlp.2",
-    "condition.classes": "y_embedder.embedding_table",
+    "condition.branches.class_label": "y_embedder.embedding_table",
     "outlet.linear": "final_layer.linear",
     "outlet.modulation": "final_layer.adaLN_modulation.1",
 }

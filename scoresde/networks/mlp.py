@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.networks.embeddings import Condition, check_count, check_dropout, zeroed
+from scoresde.data.conditions import ConditionSpec
+from scoresde.networks.conditioning import ConditionEmbedding, Conditions
+from scoresde.networks.embeddings import check_count, check_dropout, zeroed
 
 
 class _Block(nn.Module):
@@ -26,20 +29,21 @@ class _Block(nn.Module):
 
 
 class MLP(nn.Module):
-    """Residual SiLU blocks on the flattened state, each told the time and the class.
+    """Residual SiLU blocks on the flattened state, each told the noise level and the conditions.
 
-    ``forward(x, label, class_label=None)``: x (B, *D), label (B,), class (B,) -> (B, *D). Rows do not see each
-    other. The output starts at zero.
+    ``forward(x, noise_level, **condition)``: x (B, *D), noise level (B,) -> (B, *D). Rows do not see each other. The
+    output starts at zero. Images are flattened beside the state, and tokens are pooled: see `ConditionEmbedding`.
 
     Args:
         shape: D, e.g. ``(2,)``; anything is flattened.
-        num_classes: number of classes, 0 for none; index `num_classes` is the null token.
+        conditions: name -> `ConditionSpec`, or its arguments.
         width: features of the hidden layers, even.
         depth: number of residual blocks.
         dropout: probability inside the blocks.
-        embedding: "sinusoidal" (labels of hundreds, such as 999 t) or "fourier" (labels of order one).
-        max_period: longest wavelength of the sinusoidal embedding, in label units / 2 pi.
+        embedding: "sinusoidal" (noise levels of hundreds, such as 999 t) or "fourier" (of order one).
+        max_period: longest wavelength of the sinusoidal embedding, in units of the noise level / 2 pi.
         fourier_scale: standard deviation of the Fourier embedding's frequencies.
+        target_noise_level: whether there is a second noise level, see `ConditionEmbedding`.
 
     Raises:
         ValueError: for an empty shape or an option out of range.
@@ -48,13 +52,14 @@ class MLP(nn.Module):
     def __init__(
         self,
         shape: Sequence[int],
-        num_classes: int = 0,
+        conditions: Conditions | None = None,
         width: int = 128,
         depth: int = 4,
         dropout: float = 0.0,
         embedding: str = "sinusoidal",
         max_period: float = 10000.0,
         fourier_scale: float = 16.0,
+        target_noise_level: bool = False,
     ) -> None:
         super().__init__()
         self.shape = tuple(int(n) for n in shape)
@@ -63,19 +68,35 @@ class MLP(nn.Module):
         check_count("width", width, 4)
         check_count("depth", depth)
         check_dropout(dropout)
-        self.num_classes = num_classes
         d = math.prod(self.shape)
-        self.condition = Condition(width, num_classes, embedding, max_period, fourier_scale)
+
+        def inlet(spec: ConditionSpec) -> nn.Module:
+            return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(spec.shape), width, bias=False))
+
+        self.condition = ConditionEmbedding(
+            width,
+            conditions,
+            embedding,
+            max_period,
+            fourier_scale,
+            target_noise_level=target_noise_level,
+            pool_tokens=True,
+            inlet=inlet,
+        )
         self.inlet = nn.Linear(d, width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.outlet = zeroed(nn.Linear(width, d))
 
-    def forward(self, x: Tensor, label: Tensor, *, class_label: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, noise_level: Tensor, *, target_noise_level: Tensor | None = None, **condition: Any
+    ) -> Tensor:
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}.")
-        c = self.condition(label, class_label)
+        given = self.condition(noise_level, target_noise_level, condition=condition)
         h = self.inlet(x.flatten(1))
+        if given.inlet is not None:
+            h = h + given.inlet
         for block in self.blocks:
-            h = block(h, c)
+            h = block(h, given.vector)
         return self.outlet(F.silu(self.norm(h))).reshape(x.shape)

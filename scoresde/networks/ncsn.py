@@ -5,8 +5,8 @@ what comes from the coarser ones (RefineNet: Lin et al. 2017, arXiv:1611.06612).
 convolutions instead of halving the resolution (Yu et al. 2017, arXiv:1705.09914). The two networks differ in their
 norms, and in how refine blocks pool:
 
-* NCSN: every norm, those inside refine blocks too, has a scale and a shift for each noise level, and the label says
-  which; refine blocks take means.
+* NCSN: every norm, those inside refine blocks too, has a scale and a shift for each noise level, which its index says;
+  refine blocks take means.
 * NCSNv2: one scale and shift for all noise levels, no norm inside refine blocks, and refine blocks take maxima. The
   caller divides the output by sigma.
 """
@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scoresde.networks.conditioning import Conditions
 from scoresde.networks.embeddings import check_count, zeroed
 
 Activation = Callable[[Tensor], Tensor]
@@ -59,7 +61,7 @@ def instance_norm_plus(x: Tensor, scale: Tensor, mean_scale: Tensor, shift: Tens
 
 
 class InstanceNormPlus(nn.Module):
-    """`instance_norm_plus` with one scale and shift for all noise levels: the label is not used (NCSNv2).
+    """`instance_norm_plus` with one scale and shift for all noise levels (NCSNv2).
 
     Args:
         channels: C.
@@ -71,12 +73,12 @@ class InstanceNormPlus(nn.Module):
         self.mean_scale = nn.Parameter(torch.empty(channels).normal_(1.0, 0.02))
         self.shift = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
         return instance_norm_plus(x, self.scale, self.mean_scale, self.shift)
 
 
 class ConditionalInstanceNormPlus(nn.Module):
-    """`instance_norm_plus` with a scale and shift for each noise level, chosen by the label (NCSN).
+    """`instance_norm_plus` with a scale and shift for each noise level, chosen by its index (NCSN).
 
     The rows of `table` are the noise levels, its columns the C entries of gamma, of alpha and of beta.
 
@@ -91,8 +93,8 @@ class ConditionalInstanceNormPlus(nn.Module):
         nn.init.normal_(self.table.weight[:, : 2 * channels], 1.0, 0.02)
         nn.init.zeros_(self.table.weight[:, 2 * channels :])
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        return instance_norm_plus(x, *self.table(label).chunk(3, 1))
+    def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
+        return instance_norm_plus(x, *self.table(noise_level).chunk(3, 1))
 
 
 class NoNorm(nn.Module):
@@ -101,12 +103,12 @@ class NoNorm(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
         return x
 
 
 Norm = Callable[[int], nn.Module]
-"""Number of channels -> a module ``norm(x, label)``."""
+"""Number of channels -> a module ``norm(x, noise_level)``."""
 
 
 def conv(inputs: int, outputs: int, size: int = 3, dilation: int = 1, bias: bool = True) -> nn.Conv2d:
@@ -115,11 +117,11 @@ def conv(inputs: int, outputs: int, size: int = 3, dilation: int = 1, bias: bool
 
 
 class Series(nn.ModuleList):
-    """Modules one after the other, each told the label."""
+    """Modules one after the other, each told the noise level."""
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
         for module in self:
-            x = module(x, label)
+            x = module(x, noise_level)
         return x
 
 
@@ -147,9 +149,9 @@ class DilatedBlock(nn.Module):
         self.norm2, self.conv2 = norm(inputs), conv(inputs, outputs, dilation=dilation)
         self.skip = conv(inputs, outputs, 1 if self.halve else 3, dilation) if first else nn.Identity()
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        h = self.conv1(self.act(self.norm1(x, label)))
-        h = self.conv2(self.act(self.norm2(h, label)))
+    def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
+        h = self.conv1(self.act(self.norm1(x, noise_level)))
+        h = self.conv2(self.act(self.norm2(h, noise_level)))
         h = self.skip(x) + h
         # the published code pools branch and skip each; their sum has the same mean
         return F.avg_pool2d(h, 2) if self.halve else h
@@ -170,9 +172,9 @@ class ResidualUnit(nn.Module):
         self.norm1, self.conv1 = norm(channels), conv(channels, channels, bias=False)
         self.norm2, self.conv2 = norm(channels), conv(channels, channels, bias=False)
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        h = self.conv1(self.act(self.norm1(x, label)))
-        h = self.conv2(self.act(self.norm2(h, label)))
+    def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
+        h = self.conv1(self.act(self.norm1(x, noise_level)))
+        h = self.conv2(self.act(self.norm2(h, noise_level)))
         return x + h
 
 
@@ -194,11 +196,11 @@ class Fusion(nn.Module):
         self.norms = nn.ModuleList(norm(n) for n in inputs)
         self.convs = nn.ModuleList(conv(n, outputs) for n in inputs)
 
-    def forward(self, features: Sequence[Tensor], label: Tensor) -> Tensor:
+    def forward(self, features: Sequence[Tensor], noise_level: Tensor) -> Tensor:
         size = features[0].shape[2:]
         total: Tensor | None = None
         for x, norm, convolve in zip(features, self.norms, self.convs, strict=True):
-            h = convolve(norm(x, label))
+            h = convolve(norm(x, noise_level))
             if h.shape[2:] != size:
                 corners = INTERPOLATIONS[self.interpolation]
                 h = F.interpolate(h, size=size, mode=self.interpolation, align_corners=corners)
@@ -227,10 +229,10 @@ class ChainedPooling(nn.Module):
         self.norms = nn.ModuleList(norm(channels) for _ in range(steps))
         self.convs = nn.ModuleList(conv(channels, channels, bias=False) for _ in range(steps))
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise_level: Tensor) -> Tensor:
         total = h = self.act(x)
         for norm, convolve in zip(self.norms, self.convs, strict=True):
-            h = convolve(self.pool(norm(h, label), 5, 1, 2))
+            h = convolve(self.pool(norm(h, noise_level), 5, 1, 2))
             total = total + h
         return total
 
@@ -265,18 +267,18 @@ class RefineBlock(nn.Module):
         self.pooling = ChainedPooling(outputs, norm, act, pool)
         self.final = Series(ResidualUnit(outputs, norm, act) for _ in range(units))
 
-    def forward(self, features: Sequence[Tensor], label: Tensor) -> Tensor:
-        adapted = [adapt(x, label) for adapt, x in zip(self.adapt, features, strict=True)]
-        h = adapted[0] if self.fusion is None else self.fusion(adapted, label)
-        return self.final(self.pooling(h, label), label)
+    def forward(self, features: Sequence[Tensor], noise_level: Tensor) -> Tensor:
+        adapted = [adapt(x, noise_level) for adapt, x in zip(self.adapt, features, strict=True)]
+        h = adapted[0] if self.fusion is None else self.fusion(adapted, noise_level)
+        return self.final(self.pooling(h, noise_level), noise_level)
 
 
 class RefineNet(nn.Module):
-    """What NCSN and NCSNv2 share: x (B, C, H, W), label (B,) -> (B, C, H, W).
+    """What NCSN and NCSNv2 share: x (B, C, H, W), noise level (B,) -> (B, C, H, W).
 
     Args:
         shape: (C, H, W).
-        num_classes: 0.
+        conditions: none.
         channels: features at full resolution.
         multipliers: features of each stage in units of `channels`; see `NCSNv2`.
         activation: a key of `ACTIVATIONS`.
@@ -289,7 +291,7 @@ class RefineNet(nn.Module):
     def __init__(
         self,
         shape: Sequence[int],
-        num_classes: int,
+        conditions: Conditions | None,
         channels: int,
         multipliers: Sequence[int],
         activation: str,
@@ -299,9 +301,8 @@ class RefineNet(nn.Module):
         pool: Callable[..., Tensor],
     ) -> None:
         super().__init__()
-        self.shape, self.num_classes = tuple(int(n) for n in shape), num_classes
-        multipliers = tuple(multipliers)
-        self._check(channels, multipliers)
+        self.shape, multipliers = tuple(int(n) for n in shape), tuple(multipliers)
+        self._check(conditions, channels, multipliers)
         for name, value, known in (
             ("activation", activation, ACTIVATIONS),
             ("interpolation", interpolation, INTERPOLATIONS),
@@ -334,10 +335,10 @@ class RefineNet(nn.Module):
         self.norm = norm(widths[0])
         self.outlet = zeroed(conv(widths[0], self.shape[0]))
 
-    def _check(self, channels: int, multipliers: tuple[int, ...]) -> None:
+    def _check(self, conditions: Conditions | None, channels: int, multipliers: tuple[int, ...]) -> None:
         name = type(self).__name__
-        if self.num_classes != 0:
-            raise ValueError(f"{name} has no class conditioning: `num_classes` must be 0, got {self.num_classes!r}.")
+        if conditions:
+            raise ValueError(f"{name} takes no conditions, got {', '.join(conditions)}: use another network, or none.")
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise ValueError(f"`shape` must be (C, H, W), all >= 1, got {self.shape}; use network 'mlp' for vectors.")
         check_count("channels", channels, 2)  # a norm needs the variance of their means
@@ -363,32 +364,32 @@ class RefineNet(nn.Module):
                 "variance cannot be normed: use larger images or fewer `multipliers`."
             )
 
-    def _run(self, x: Tensor, label: Tensor) -> Tensor:
+    def _run(self, x: Tensor, noise_level: Tensor) -> Tensor:
         h, features = self.inlet(x), []
         for stage in self.stages:
-            h = stage(h, label)
+            h = stage(h, noise_level)
             features.append(h)
         # the coarsest features alone, then each finer stage with what has been refined so far
-        h = self.refine[0]([features.pop()], label)
+        h = self.refine[0]([features.pop()], noise_level)
         for refine in self.refine[1:]:
-            h = refine([features.pop(), h], label)
-        return self.outlet(self.act(self.norm(h, label)))
+            h = refine([features.pop(), h], noise_level)
+        return self.outlet(self.act(self.norm(h, noise_level)))
 
-    def forward(self, x: Tensor, label: Tensor, *, class_label: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise_level: Tensor, **condition: Any) -> Tensor:
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}.")
-        if label.shape != x.shape[:1]:
-            raise ValueError(f"`label` must have shape ({len(x)},), got {tuple(label.shape)}.")
-        if class_label is not None:
-            raise ValueError("This network was built without classes: call it without `class_label`.")
-        return self._run(x, label)
+        if noise_level.shape != x.shape[:1]:
+            raise ValueError(f"`noise_level` must have shape ({len(x)},), got {tuple(noise_level.shape)}.")
+        if condition:
+            raise TypeError(f"{type(self).__name__} takes no conditions: call it without {', '.join(condition)}.")
+        return self._run(x, noise_level)
 
 
 class NCSN(RefineNet):
     r"""The noise conditional score network, a RefineNet whose norms are conditioned on the noise level.
 
-    ``forward(x, label)``: x (B, C, H, W), label (B,) -> (B, C, H, W). The label is the index of a noise level, 0 for
-    the largest sigma in the published order (label "index" counts the other way on a chain); floats are rounded. The
+    ``forward(x, noise_level)``: x (B, C, H, W), noise level (B,) -> (B, C, H, W). A noise level is told by its index, 0
+    for the largest sigma in the published order ("index" counts the other way on a chain); floats are rounded. The
     output is the score itself. Rows do not see each other.
 
     Source: Song & Ermon 2019, arXiv:1907.05600, section 4.1 and appendix A. Published for x in [-1, 1]; recentring is
@@ -396,7 +397,7 @@ class NCSN(RefineNet):
 
     Args:
         shape: (C, H, W); H and W divisible by 2^(stages - 3), so even by default.
-        num_classes: 0: there is no class conditioning.
+        conditions: none: there is no place for any.
         channels: features at full resolution, >= 2.
         levels: number of noise levels: rows of every norm's table.
         multipliers: see `NCSNv2`.
@@ -404,15 +405,15 @@ class NCSN(RefineNet):
         interpolation: how coarse features are enlarged: "bilinear" (with aligned corners) or "nearest".
 
     Raises:
-        ValueError: for classes, a shape that is not (C, H, W), sides that cannot be halved, or an option out of range;
-            in `forward` for wrong shapes of x or label.
-        IndexError: in `forward`, for a label outside 0 ... levels - 1 (on the CPU; CUDA asserts on the device).
+        ValueError: for conditions, a shape that is not (C, H, W), sides that cannot be halved, or an option out of
+            range; in `forward` for wrong shapes of x or the noise level.
+        IndexError: in `forward`, for a noise level outside 0 ... levels - 1 (on the CPU; CUDA asserts on the device).
     """
 
     def __init__(
         self,
         shape: Sequence[int],
-        num_classes: int = 0,
+        conditions: Conditions | None = None,
         channels: int = 128,
         levels: int = 10,
         multipliers: Sequence[int] = (1, 2, 2, 2),
@@ -423,7 +424,7 @@ class NCSN(RefineNet):
         norm = partial(ConditionalInstanceNormPlus, levels=levels)
         super().__init__(
             shape,
-            num_classes,
+            conditions,
             channels,
             multipliers,
             activation,
@@ -434,16 +435,16 @@ class NCSN(RefineNet):
         )
         self.levels = levels
 
-    def _run(self, x: Tensor, label: Tensor) -> Tensor:
-        return super()._run(x, (label.round() if label.is_floating_point() else label).long())
+    def _run(self, x: Tensor, noise_level: Tensor) -> Tensor:
+        return super()._run(x, (noise_level.round() if noise_level.is_floating_point() else noise_level).long())
 
 
 class NCSNv2(RefineNet):
     r"""NCSN without conditioning: a RefineNet whose output, divided by sigma, is the score.
 
-    ``forward(x, label)``: x (B, C, H, W), label (B,) -> (B, C, H, W). The division,
-    :math:`s(x, \sigma) = f(x) / \sigma`, and recentring to [-1, 1] are the caller's; the label is not used. Rows do not
-    see each other.
+    ``forward(x, noise_level)``: x (B, C, H, W), noise level (B,) -> (B, C, H, W). The division,
+    :math:`s(x, \sigma) = f(x) / \sigma`, and recentring to [-1, 1] are the caller's; the noise level is not used. Rows
+    do not see each other.
 
     Source: Song & Ermon 2020, arXiv:2006.09011, section 3.3 (technique 3) and appendix B. Its three sizes are
 
@@ -455,7 +456,7 @@ class NCSNv2(RefineNet):
 
     Args:
         shape: (C, H, W); H and W divisible by 2^(stages - 3), so even by default.
-        num_classes: 0: there is no class conditioning.
+        conditions: none: there is no place for any.
         channels: features at full resolution, >= 2.
         multipliers: features of each stage in units of `channels`. The first is at full resolution, the last two dilate
             by 2 and by 4, and each in between halves the resolution; the last two are equal.
@@ -463,14 +464,14 @@ class NCSNv2(RefineNet):
         interpolation: how coarse features are enlarged: "bilinear" (with aligned corners) or "nearest".
 
     Raises:
-        ValueError: for classes, a shape that is not (C, H, W), sides that cannot be halved, or an option out of range;
-            in `forward` for wrong shapes of x or label.
+        ValueError: for conditions, a shape that is not (C, H, W), sides that cannot be halved, or an option out of
+            range; in `forward` for wrong shapes of x or the noise level.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
-        num_classes: int = 0,
+        conditions: Conditions | None = None,
         channels: int = 128,
         multipliers: Sequence[int] = (1, 2, 2, 2),
         activation: str = "elu",
@@ -478,7 +479,7 @@ class NCSNv2(RefineNet):
     ) -> None:
         super().__init__(
             shape,
-            num_classes,
+            conditions,
             channels,
             multipliers,
             activation,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scoresde.networks.conditioning import Conditions
 from scoresde.networks.unet import UNet
 
 
@@ -12,16 +13,17 @@ class NCSNpp(UNet):
 
     One-head attention, skips rescaled by :math:`1 / \sqrt 2`, resampling inside the blocks.
 
-    * NCSN++ (the defaults): filtered resampling, a residual input pyramid, Fourier features of log sigma (label
-      "log_sigma", or "log_half_sigma" where the checkpoint was trained on data in [0, 1]);
-    * DDPM++: ``fir=False, input_pyramid="none", embedding="sinusoidal"`` (label "t999", or "index" on a chain).
+    * NCSN++ (the defaults): filtered resampling, a residual input pyramid, Fourier features of log sigma (noise
+      level "log_sigma", or "log_half_sigma" where the checkpoint was trained on data in [0, 1]);
+    * DDPM++: ``fir=False, input_pyramid="none", embedding="sinusoidal"`` (noise level "t999", or "index" on a
+      chain).
 
     Division by sigma and recentring of the input are the score model's. Classes and augmentations, which that paper
     does not have, enter as in Karras et al. 2022 ("SongUNet").
 
     Args:
         shape: (C, H, W).
-        num_classes: number of classes, 0 for none.
+        conditions: name -> `ConditionSpec`, or its arguments.
         channels: features at full resolution.
         multipliers: features of each level in units of `channels`.
         blocks: residual blocks per level; 8 in the "deep" models.
@@ -38,12 +40,13 @@ class NCSNpp(UNet):
         combine: see `UNet`.
         augmentations: number of augmentation parameters.
         checkpointing: see `UNet`.
+        target_noise_level: see `UNet`.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
-        num_classes: int = 0,
+        conditions: Conditions | None = None,
         channels: int = 128,
         multipliers: Sequence[int] = (1, 2, 2, 2),
         blocks: int = 4,
@@ -60,10 +63,11 @@ class NCSNpp(UNet):
         combine: str = "sum",
         augmentations: int = 0,
         checkpointing: bool = False,
+        target_noise_level: bool = False,
     ) -> None:
         super().__init__(
             shape,
-            num_classes,
+            conditions,
             channels,
             multipliers,
             blocks,
@@ -87,17 +91,18 @@ class NCSNpp(UNet):
             norm_eps=1e-6,
             init="fan_avg",
             checkpointing=checkpointing,
+            target_noise_level=target_noise_level,
         )
 
 
 class DDPM(UNet):
-    """The U-Net of Ho et al. 2020, arXiv:2006.11239 (label "index" on a chain, or "t999").
+    """The U-Net of Ho et al. 2020, arXiv:2006.11239 (noise level "index" on a chain, or "t999").
 
     One-head attention, strided convolutions padded at the end, 32 groups in every norm.
 
     Args:
         shape: (C, H, W).
-        num_classes: number of classes, 0 for none; added after the embedding's second linear map.
+        conditions: name -> `ConditionSpec`, or its arguments; classes come in after the embedding's second linear map.
         channels: features at full resolution.
         multipliers: features of each level in units of `channels`.
         blocks: residual blocks per level.
@@ -106,12 +111,13 @@ class DDPM(UNet):
         up_attention: after "every" block of a level on the way up, as in the paper's code, or after the "last", as in
             Song et al.'s.
         checkpointing: see `UNet`.
+        target_noise_level: see `UNet`.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
-        num_classes: int = 0,
+        conditions: Conditions | None = None,
         channels: int = 128,
         multipliers: Sequence[int] = (1, 2, 2, 2),
         blocks: int = 2,
@@ -119,10 +125,11 @@ class DDPM(UNet):
         dropout: float = 0.1,
         up_attention: str = "every",
         checkpointing: bool = False,
+        target_noise_level: bool = False,
     ) -> None:
         super().__init__(
             shape,
-            num_classes,
+            conditions,
             channels,
             multipliers,
             blocks,
@@ -137,6 +144,7 @@ class DDPM(UNet):
             norm_eps=1e-6,
             init="fan_avg",
             checkpointing=checkpointing,
+            target_noise_level=target_noise_level,
         )
 
 
@@ -147,7 +155,7 @@ class ADM(UNet):
 
     Args:
         shape: (C, H, W).
-        num_classes: number of classes, 0 for none; added after the embedding's second linear map.
+        conditions: name -> `ConditionSpec`, or its arguments; classes come in after the embedding's second linear map.
         channels: features at full resolution; 192 for ImageNet 64, 256 above.
         multipliers: features of each level in units of `channels`.
         blocks: residual blocks per level.
@@ -158,16 +166,17 @@ class ADM(UNet):
         dropout: probability inside the residual blocks.
         resampling: "block" or "convolution".
         conditioning: "scale_shift" or "add".
-        embedding_channels: features of the label's embedding, a quarter of the condition's; `channels` by default.
+        embedding_channels: features of the noise level's embedding, a quarter of the condition's; `channels` if None.
         augmentations: number of augmentation parameters (Karras et al. 2022).
         learned_variance: see `UNet`.
         checkpointing: see `UNet`.
+        target_noise_level: see `UNet`.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
-        num_classes: int = 0,
+        conditions: Conditions | None = None,
         channels: int = 192,
         multipliers: Sequence[int] = (1, 2, 3, 4),
         blocks: int = 3,
@@ -182,12 +191,13 @@ class ADM(UNet):
         augmentations: int = 0,
         learned_variance: bool = False,
         checkpointing: bool = False,
+        target_noise_level: bool = False,
     ) -> None:
         features = embedding_channels or channels
         half = features // 2
         super().__init__(
             shape,
-            num_classes,
+            conditions,
             channels,
             multipliers,
             blocks,
@@ -206,4 +216,5 @@ class ADM(UNet):
             project_skips=False,
             learned_variance=learned_variance,
             checkpointing=checkpointing,
+            target_noise_level=target_noise_level,
         )

@@ -9,8 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scoresde.networks.blocks import Attention, Combine, Outlet, ResidualBlock, Stage, conv, initialise_by_fans, joined
-from scoresde.networks.embeddings import Condition, check_count, check_dropout
+from scoresde.data.conditions import ConditionSpec
+from scoresde.networks.blocks import (
+    Attention,
+    Combine,
+    Outlet,
+    Reading,
+    ResidualBlock,
+    Stage,
+    conv,
+    heads_of,
+    initialise_by_fans,
+    joined,
+)
+from scoresde.networks.conditioning import ConditionEmbedding, Conditions, Embedded, check_images
+from scoresde.networks.embeddings import check_count, check_dropout
 from scoresde.networks.resampling import DownConv, Resample, UpConv
 
 CONDITIONINGS = ("scale_shift", "add")
@@ -40,12 +53,13 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    r"""Residual blocks at several resolutions with skip connections between equal ones, told the time and the class.
+    r"""Residual blocks at several resolutions with skips between equal ones, told the noise level and the conditions.
 
-    ``forward(x, label, class_label=None, augment_label=None)``: x (B, C, H, W), label (B,), class (B,), augmentation
+    ``forward(x, noise_level, augment_label=None, **condition)``: x (B, C, H, W), noise level (B,), augmentation
     parameters (B, augmentations) -> (B, C, H, W), or (B, 2 C, H, W) with a learned variance. Rows do not see each
     other. The output starts at zero. `NCSNpp`, `DDPM` and `ADM` are this network with the options of those papers as
-    defaults.
+    defaults. Tokens are read where there is self-attention, and in the middle; images join the channels of x: see
+    `ConditionEmbedding`.
 
     Source: Ho et al. 2020, arXiv:2006.11239 (structure); Song et al. 2021, arXiv:2011.13456, appendix H (filtered
     resampling, rescaled sums, pyramids, after Karras et al. 2020, arXiv:1912.04958); Dhariwal & Nichol 2021,
@@ -54,7 +68,7 @@ class UNet(nn.Module):
 
     Args:
         shape: (C, H, W); H and W divisible by 2^(levels - 1).
-        num_classes: number of classes, 0 for none; index `num_classes` is the null token.
+        conditions: name -> `ConditionSpec`, or its arguments.
         channels: features at full resolution.
         multipliers: features of each level in units of `channels`; one level per entry, each half the size.
         blocks: residual blocks per level on the way down, and one more on the way up.
@@ -64,13 +78,13 @@ class UNet(nn.Module):
         heads: number of heads instead; 0: by `head_channels`.
         dropout: probability inside the residual blocks.
         conditioning: "scale_shift" (the condition scales and shifts after the norm) or "add" (added before it).
-        embedding: "sinusoidal" (labels of hundreds, such as 999 t) or "fourier" (labels of order one).
-        max_period: longest wavelength of the sinusoidal embedding, in label units / 2 pi.
+        embedding: "sinusoidal" (noise levels of hundreds, such as 999 t) or "fourier" (of order one).
+        max_period: longest wavelength of the sinusoidal embedding, in units of the noise level / 2 pi.
         fourier_scale: standard deviation of the Fourier embedding's frequencies.
-        features: of the label's embedding; `width` by default.
+        features: of the noise level's embedding; `width` by default.
         width: features of the condition; 4 `channels` by default.
-        class_entry: where the class enters, see `Condition`.
-        augmentations: number of augmentation parameters, see `Condition`.
+        class_entry: where classes enter, see `ConditionEmbedding`.
+        augmentations: number of augmentation parameters, see `ConditionEmbedding`.
         resampling: "convolution": strided convolutions between the blocks; "block": inside residual blocks.
         fir: resample with the filter [1, 3, 3, 1] instead of means and repetition.
         end_padding: strided convolutions without filter pad the lower and right edges only (Ho et al. 2020).
@@ -90,6 +104,8 @@ class UNet(nn.Module):
             (Ho et al. 2020; slower at first on the digits).
         checkpointing: forget activations inside blocks and compute them again for gradients: less memory, about a
             third more time.
+        target_noise_level: whether there is a second noise level, see `ConditionEmbedding`.
+        pool_tokens: whether tokens are pooled, too, see `ConditionEmbedding`.
 
     Raises:
         ValueError: for a shape that is not (C, H, W), sides that cannot be halved, or an option out of range.
@@ -98,7 +114,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         shape: Sequence[int],
-        num_classes: int = 0,
+        conditions: Conditions | None = None,
         channels: int = 64,
         multipliers: Sequence[int] = (1, 2),
         blocks: int = 1,
@@ -129,6 +145,8 @@ class UNet(nn.Module):
         learned_variance: bool = False,
         init: str = "torch",
         checkpointing: bool = False,
+        target_noise_level: bool = False,
+        pool_tokens: bool = False,
     ) -> None:
         super().__init__()
         self.shape = tuple(int(n) for n in shape)
@@ -148,16 +166,31 @@ class UNet(nn.Module):
         data, height, _ = self.shape
         levels, width = len(multipliers), width or 4 * channels
         heights = [height >> i for i in range(levels)]
-        self.num_classes, self.rescale, self.resampling = num_classes, rescale, resampling
+        self.rescale, self.resampling = rescale, resampling
         self.input_pyramid, self.output_pyramid = input_pyramid, output_pyramid
         self.learned_variance, self.checkpointing = learned_variance, checkpointing
         out = 2 * data if learned_variance else data
         # of the images in "skip" pyramids
         self.smaller = Resample(data, "down", fir) if input_pyramid == "skip" else None
         self.larger = Resample(out, "up", fir) if output_pyramid == "skip" else None
-        self.condition = Condition(
-            width, num_classes, embedding, max_period, fourier_scale, features, class_entry, augmentations
+
+        def inlet(spec: ConditionSpec) -> nn.Module:
+            return nn.Conv2d(spec.shape[0], channels, 3, padding=1, bias=False)
+
+        self.condition = ConditionEmbedding(
+            width,
+            conditions,
+            embedding,
+            max_period,
+            fourier_scale,
+            features,
+            class_entry,
+            augmentations,
+            target_noise_level,
+            pool_tokens,
+            inlet=inlet,
         )
+        check_images(self.condition.specs, self.shape)
 
         def block(inputs: int, outputs: int, resample: str = "") -> ResidualBlock:
             scale_shift = conditioning == "scale_shift"
@@ -167,13 +200,21 @@ class UNet(nn.Module):
         def attend(channels: int) -> Attention:
             return Attention(channels, head_channels, heads, rescale, norm_groups, norm_eps)
 
+        def read(channels: int) -> Reading | None:
+            if not self.condition.names("tokens"):
+                return None
+            return Reading(channels, width, heads_of(channels, head_channels, heads), norm_groups, norm_eps)
+
         self.inlet = conv(data, channels)
         self.down = nn.ModuleList()
         skips, now, image = [channels], channels, data
         for level, multiplier in enumerate(multipliers):
             for _ in range(blocks):
-                found = attend(multiplier * channels) if heights[level] in attention else None
-                self.down.append(Stage(block(now, multiplier * channels), found))
+                wanted = heights[level] in attention
+                found = attend(multiplier * channels) if wanted else None
+                self.down.append(
+                    Stage(block(now, multiplier * channels), found, read(multiplier * channels) if wanted else None)
+                )
                 now = multiplier * channels
                 skips.append(now)
             if level == levels - 1:
@@ -188,7 +229,7 @@ class UNet(nn.Module):
             self.down.append(Down(halved, pyramid))
             skips.append(now)
         found = attend(now) if middle_attention else None
-        self.middle = nn.ModuleList([Stage(block(now, now), found), Stage(block(now, now))])
+        self.middle = nn.ModuleList([Stage(block(now, now), found, read(now)), Stage(block(now, now))])
         self.up = nn.ModuleList()
         image = 0
         for level in reversed(range(levels)):
@@ -196,7 +237,9 @@ class UNet(nn.Module):
             for i in range(blocks + 1):
                 inputs, now = now + skips.pop(), multipliers[level] * channels
                 wanted = heights[level] in attention and (up_attention == "every" or i == blocks)
-                stages.append(Stage(block(inputs, now), attend(now) if wanted else None))
+                stages.append(
+                    Stage(block(inputs, now), attend(now) if wanted else None, read(now) if wanted else None)
+                )
             enlarge: nn.Module | None = None
             outlet: nn.Module | None = None
             if output_pyramid == "skip":
@@ -246,20 +289,27 @@ class UNet(nn.Module):
             if side not in heights:
                 raise ValueError(f"`attention` names height {side}; the feature maps here have heights {heights}.")
 
-    def _run(self, module: nn.Module, h: Tensor, c: Tensor) -> Tensor:
+    def _run(self, module: nn.Module, h: Tensor, given: Embedded) -> Tensor:
         if isinstance(module, DownConv | UpConv):
             return module(h)
+        told = (given.vector, given.tokens) if isinstance(module, Stage) else (given.vector,)
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, h, c, use_reentrant=False)
-        return module(h, c)
+            return checkpoint(module, h, *told, use_reentrant=False)
+        return module(h, *told)
 
     def forward(
-        self, x: Tensor, label: Tensor, *, class_label: Tensor | None = None, augment_label: Tensor | None = None
+        self,
+        x: Tensor,
+        noise_level: Tensor,
+        *,
+        target_noise_level: Tensor | None = None,
+        augment_label: Tensor | None = None,
+        **condition: Any,
     ) -> Tensor:
         if tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}.")
-        c = self.condition(label, class_label, augment_label)
-        h = self.inlet(x)
+        c = self.condition(noise_level, target_noise_level, augment_label, condition)
+        h = self.inlet(x) if c.inlet is None else self.inlet(x) + c.inlet
         skips, pyramid = [h], x
         stage: Any
         for stage in self.down:

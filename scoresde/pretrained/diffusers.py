@@ -14,7 +14,7 @@ from scoresde.networks.embeddings import FourierEmbedding
 from scoresde.networks.resampling import DownConv, UpConv
 from scoresde.networks.unet import Down, UNet
 from scoresde.pretrained import schedules
-from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, stacked, swapped, with_null
+from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, one_class, stacked, swapped
 
 _DEFAULTS: dict[str, Any] = {
     "in_channels": 3, "out_channels": 3, "center_input_sample": False, "time_embedding_type": "positional",
@@ -70,7 +70,7 @@ def architecture(config: Mapping[str, Any]) -> dict[str, Any]:
     fourier = c["time_embedding_type"] == "fourier"
     return {
         "shape": (c["in_channels"], height, width),
-        "num_classes": c["num_class_embeds"] or 0,
+        "conditions": one_class(c["num_class_embeds"] or 0),
         "channels": channels,
         "multipliers": tuple(w // channels for w in c["block_out_channels"]),
         "blocks": c["layers_per_block"],
@@ -109,19 +109,19 @@ def convert_state(network: nn.Module, state: Mapping[str, Tensor], config: Mappi
     def renamed(name: str) -> str:
         return re.sub(r"\.(query|key|value|proj_attn)\.", lambda m: f".{older[m[1]]}.", name)
 
-    sine_first = not {**_DEFAULTS, **config}["flip_sin_to_cos"] or isinstance(network.condition.label, FourierEmbedding)
+    fourier = isinstance(network.condition.noise_level, FourierEmbedding)
+    sine_first = not {**_DEFAULTS, **config}["flip_sin_to_cos"] or fourier
     return convert(network, {renamed(n): v for n, v in state.items()}, entries(network, sine_first))
 
 
 def entries(network: UNet, sine_first: bool) -> Iterator[Entry]:
     """Every published tensor of a network of this architecture."""
     names = Names(network)
-    if isinstance(network.condition.label, FourierEmbedding):
-        yield Entry(f"{names(network.condition.label)}.frequencies", ("time_proj.weight",))
+    if isinstance(network.condition.noise_level, FourierEmbedding):
+        yield Entry(f"{names(network.condition.noise_level)}.frequencies", ("time_proj.weight",))
     yield from names.pair(network.condition.first, "time_embedding.linear_1", swapped if sine_first else stacked)
     yield from names.pair(network.condition.second, "time_embedding.linear_2")
-    if network.condition.classes is not None:
-        yield Entry(f"{names(network.condition.classes)}.weight", ("class_embedding.weight",), with_null)
+    yield from names.classes(network.condition, "class_embedding")
     yield from names.pair(network.inlet, "conv_in")
     level, block = 0, 0
     stage: Any

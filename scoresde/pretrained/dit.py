@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from scoresde.networks.dit import DiT, published_names
-from scoresde.pretrained.mapping import Entry, MismatchError, convert
+from scoresde.pretrained.mapping import Entry, MismatchError, convert, one_class
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Width -> heads of attention, in the published models."""
@@ -41,7 +41,7 @@ def architecture(state: Mapping[str, Tensor], size: int | None = None) -> dict[s
     rows = state["y_embedder.embedding_table.weight"].shape[0] if "y_embedder.embedding_table.weight" in state else 1
     return {
         "shape": (data, size, size),
-        "num_classes": rows - 1,  # the last row is the null class
+        "conditions": one_class(rows - 1),  # the last row is the null class
         "patch": patch,
         "width": width,
         "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),

@@ -14,7 +14,7 @@ from scoresde.networks import ADM
 from scoresde.networks.blocks import Outlet, Stage
 from scoresde.networks.embeddings import FourierEmbedding
 from scoresde.networks.unet import Down, UNet
-from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, stacked, swapped, with_null
+from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, one_class, stacked, swapped, with_null
 
 # buffers: resampling filters, and the level table of the iDDPM preconditioner
 _IGNORED = ("resample_filter", "u", "sigma_min", "sigma_max")
@@ -41,7 +41,7 @@ def architecture(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     width = [state[f"enc.{s}x{s}_block0.conv1.weight"].shape[0] for s in sides]
     options: dict[str, Any] = {
         "shape": (data, sides[0], sides[0]),
-        "num_classes": state["map_label.weight"].shape[1] if "map_label.weight" in state else 0,
+        "conditions": one_class(state["map_label.weight"].shape[1] if "map_label.weight" in state else 0),
         "channels": channels,
         "multipliers": tuple(w // channels for w in width),
         "blocks": blocks,
@@ -88,15 +88,15 @@ def entries(network: UNet) -> Iterator[Entry]:
     condition = network.condition
     # features are (cos, sin) here and in DhariwalUNet, (sin, cos) in SongUNet
     columns = stacked if adm else swapped
-    if isinstance(condition.label, FourierEmbedding):
-        yield Entry(f"{names(condition.label)}.frequencies", ("map_noise.freqs",))
+    if isinstance(condition.noise_level, FourierEmbedding):
+        yield Entry(f"{names(condition.noise_level)}.frequencies", ("map_noise.freqs",))
     yield from names.pair(condition.first, "map_layer0", columns)
     yield from names.pair(condition.second, "map_layer1")
     if condition.augment is not None:
         rows = stacked if adm else lambda t: swapped(t, 0)
         yield Entry(f"{names(condition.augment)}.weight", ("map_augment.weight",), rows)
-    if condition.classes is not None:
-        target = f"{names(condition.classes)}.weight"
+    for name in condition.names("class"):
+        target = f"{names(condition.branches[name])}.weight"
         if adm:
             yield Entry(target, ("map_label.weight",), lambda t: with_null(t.T))
         else:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scoresde.networks.blocks import Attention, ResidualBlock, Stage
 from scoresde.networks.resampling import DownConv, UpConv
 from scoresde.networks.unet import Down, UNet
-from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, stacked, with_null
+from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, one_class, stacked
 
 SIZES = {4: 64, 5: 128, 6: 256, 7: 512}
 """Number of resolutions -> side of the images, in the published models."""
@@ -57,7 +57,7 @@ def architecture(state: Mapping[str, Tensor], size: int | None = None, heads: in
     features = state["time_embed.0.weight"].shape[1]
     return {
         "shape": (data, size, size),
-        "num_classes": state["label_emb.weight"].shape[0] if "label_emb.weight" in state else 0,
+        "conditions": one_class(state["label_emb.weight"].shape[0] if "label_emb.weight" in state else 0),
         "channels": channels,
         "multipliers": tuple(w // channels for w in widths),
         "blocks": per_level - 1,
@@ -94,8 +94,7 @@ def entries(network: UNet, new_order: bool = False) -> Iterator[Entry]:
     names = Names(network)
     yield from names.pair(network.condition.first, "time_embed.0")
     yield from names.pair(network.condition.second, "time_embed.2")
-    if network.condition.classes is not None:
-        yield Entry(f"{names(network.condition.classes)}.weight", ("label_emb.weight",), with_null)
+    yield from names.classes(network.condition, "label_emb")
     yield from names.pair(network.inlet, "input_blocks.0.0")
     stage: Any
     for i, stage in enumerate(network.down, 1):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from scoresde.codecs import Affine, Codec
-from scoresde.data.conditions import classes
 from scoresde.data.spec import DataSpec
 from scoresde.models.score_model import ScoreModel
 from scoresde.networks import NETWORKS
+from scoresde.networks.conditioning import as_specs
 from scoresde.pretrained import diffusers, dit, edm, guided_diffusion, schedules, score_sde
 from scoresde.pretrained.experiments import EXPERIMENTS
 from scoresde.pretrained.mapping import MismatchError, scaled_output
@@ -235,7 +235,7 @@ def _model(network: str, options: Mapping[str, Any], sde: Mapping[str, Any], **r
     """Configuration of a score model; `sde` is {"name": …, options}."""
     options = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items() if v is not None}
     name = sde["name"]
-    spec = DataSpec(tuple(options["shape"]), 256, classes(options.get("num_classes", 0)))
+    spec = DataSpec(tuple(options["shape"]), 256, as_specs(options["conditions"]))
     return {
         "network": {"name": network, network: options},
         "sde": {"name": name, name: {k: v for k, v in sde.items() if k != "name"}},
@@ -308,7 +308,7 @@ def _guided_diffusion(
 def _dit(state: dict[str, Tensor], size: int | None) -> _Found:
     options = dit.architecture(state, size)
     plain = _model("dit", options, schedules.linear(), levels=1000, noise_level="index")
-    spec = DataSpec(tuple(options["shape"]), conditions=classes(options["num_classes"]))  # latents
+    spec = DataSpec(tuple(options["shape"]), conditions=as_specs(options["conditions"]))  # latents
     plain["data_spec"], plain["codec"] = spec.to_dict(), _codec(Affine(spec.shape))
     return _Found(plain, lambda network: dit.convert_state(network, state))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde.networks.blocks import Attention, Outlet, ResidualBlock
+from scoresde.networks.conditioning import ConditionEmbedding
 
 
 def stacked(*parts: Tensor) -> Tensor:
@@ -99,6 +100,11 @@ class Names:
         if getattr(module, "bias", None) is not None:
             yield Entry(f"{self(module)}.bias", (f"{published}.bias",))
 
+    def classes(self, condition: ConditionEmbedding, published: str) -> Iterator[Entry]:
+        """Entry of the class table, if there is one, of a published one that has no row for none."""
+        for name in condition.names("class"):
+            yield Entry(f"{self(condition.branches[name])}.weight", (f"{published}.weight",), with_null)
+
     def residual(self, block: ResidualBlock, published: str, parts: Sequence[str]) -> Iterator[Entry]:
         """Entries of a block; `parts`: published names of norm, convolution, condition, norm, convolution, skip."""
         modules = (block.norm1, block.conv1, block.condition, block.norm2, block.conv2, block.skip)
@@ -120,6 +126,11 @@ class Names:
         yield Entry(f"{self(attention.qkv)}.weight", qkv_weight, lambda *parts: pointwise(change(*parts)))
         yield Entry(f"{self(attention.qkv)}.bias", tuple(f"{name}.bias" for name in qkv), change)
         yield from self.pair(attention.out, out, pointwise)
+
+
+def one_class(n: int) -> dict[str, dict[str, Any]]:
+    """`conditions` of a published model of n classes, as a configuration has them; none if n is 0."""
+    return {"class_label": {"kind": "class", "classes": n}} if n else {}
 
 
 def pointwise(t: Tensor) -> Tensor:

@@ -134,10 +134,10 @@ def entries(network: nn.Module) -> Iterator[Entry]:
         return
     assert isinstance(network, UNet)
     names = Names(network)
-    if isinstance(network.condition.label, FourierEmbedding):
-        yield Entry(f"{names(network.condition.label)}.frequencies", ("all_modules.0.W",))
+    if isinstance(network.condition.noise_level, FourierEmbedding):
+        yield Entry(f"{names(network.condition.noise_level)}.frequencies", ("all_modules.0.W",))
     skip = "Conv_2" if network.resampling == "block" else "NIN_0"
-    first = 1 if isinstance(network.condition.label, FourierEmbedding) else 0
+    first = 1 if isinstance(network.condition.noise_level, FourierEmbedding) else 0
     for i, module in enumerate(_layers(network), first):
         here = f"all_modules.{i}"
         if isinstance(module, ResidualBlock):

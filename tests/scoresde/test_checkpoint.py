@@ -33,7 +33,7 @@ from scoresde.storage.tensors import check_tensors
 
 def model(width=16, dtype=torch.float32):
     torch.manual_seed(width)
-    options = {"shape": [2], "num_classes": 3, "width": width, "depth": 1}
+    options = {"shape": [2], "conditions": {"class_label": {"kind": "class", "classes": 3}}, "width": width, "depth": 1}
     config = {
         "network": {"name": "mlp", "mlp": options},
         "sde": {"name": "vp", "vp": {"beta_max": 15.0}},

@@ -53,7 +53,7 @@ def test_options_reach_the_constructors():
     assert configs.make_grid(configs.override(configs.defaults(), ["--config.sampling.grid.name="])) is None
     model = configs.make_model(c, configs.make_data(c).spec)
     assert len(model.network.middle) == 2 and model.parameterization.sigma_data == 0.7
-    assert model.network.num_classes == 10 and model.law == VESDE(sigma_max=9.0)
+    assert model.network.condition.specs["class_label"].classes == 10 and model.law == VESDE(sigma_max=9.0)
     chain = configs.make_law(configs.override(configs.defaults(), ["--config.sde.chain=100"]))
     assert isinstance(chain, Chain) and chain.n == 100
     table = "--config.sde.tabulated.alphas_cumprod=(0.9,0.5,0.1)"

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from scoresde.data.conditions import classes as of_classes
 from scoresde.networks.dit import DiT, position_table, published_names
 
-TINY = {"shape": (2, 4, 6), "num_classes": 3, "patch": 2, "width": 12, "depth": 2, "heads": 3, "mlp_ratio": 1.5}
+TINY = {"shape": (2, 4, 6), "patch": 2, "width": 12, "depth": 2, "heads": 3, "mlp_ratio": 1.5}
+TINY["conditions"] = of_classes(3)
 SIZES = {"S": (12, 384, 6, 33), "B": (12, 768, 12, 130), "L": (24, 1024, 16, 458), "XL": (28, 1152, 16, 675)}
 
 
@@ -29,6 +31,10 @@ def published_shapes(shape, num_classes, patch, width, depth, hidden, outputs):
     return shapes
 
 
+def num_classes(net):
+    return net.condition.specs["class_label"].classes if net.condition.specs else 0
+
+
 def network(seed=0, **options):
     """A small float64 network with random weights, none of them zero, and these weights under their published names."""
     options = {**TINY, **options}
@@ -38,7 +44,7 @@ def network(seed=0, **options):
     state = {
         name: torch.randn(size, generator=g, dtype=torch.float64) / math.sqrt(math.prod(size[1:]))
         for name, size in published_shapes(
-            net.shape, net.num_classes, net.patch, net.width, options["depth"], hidden, outputs
+            net.shape, num_classes(net), net.patch, net.width, options["depth"], hidden, outputs
         ).items()
     }
     net.load_state_dict({ours: state[theirs] for ours, theirs in published_names(net)})
@@ -58,7 +64,7 @@ def place(row, column, width):
     return [fn(a) for axis in angles for fn in (math.sin, math.cos) for a in axis]
 
 
-def reference(state, x, label, classes, heads, max_period=10000.0):
+def reference(state, x, level, classes, heads, max_period=10000.0):
     """Peebles & Xie, sec. 3.2, one row, one token, one head at a time, from weights under their published names."""
 
     def affine(name, h):
@@ -90,7 +96,7 @@ def reference(state, x, label, classes, heads, max_period=10000.0):
     _, _, high, wide = x.shape
     out = torch.zeros(len(x), outputs, high, wide, dtype=x.dtype)
     for b in range(len(x)):
-        angles = [float(label[b]) * math.exp(-math.log(max_period) * i / 128) for i in range(128)]
+        angles = [float(level[b]) * math.exp(-math.log(max_period) * i / 128) for i in range(128)]
         features = torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles], dtype=x.dtype)
         c = affine("t_embedder.mlp.2", silu(affine("t_embedder.mlp.0", features)))
         if classes is not None:
@@ -127,20 +133,21 @@ def reference(state, x, label, classes, heads, max_period=10000.0):
         {},
         {"learned_variance": True, "heads": 1, "max_period": 50.0},
         {"shape": (3, 6, 3), "patch": 3, "width": 16, "heads": 4, "depth": 1, "learned_variance": True},
-        {"shape": (1, 2, 3), "patch": 1, "width": 4, "heads": 2, "depth": 3, "num_classes": 0},
+        {"shape": (1, 2, 3), "patch": 1, "width": 4, "heads": 2, "depth": 3, "conditions": {}},
     ],
 )
 @torch.no_grad()
 def test_agrees_with_the_equations(options):
     """Loops over rows, tokens, heads and pixels, reading weights by their published names and layouts."""
     net, state = network(**options)
-    x, label, classes = inputs(net)
-    classes = classes if net.num_classes else None
-    got = net(x, label, class_label=classes)
-    want = reference(state, x, label, classes, net.blocks[0].heads, options.get("max_period", 10000.0))
+    x, level, classes = inputs(net)
+    classes = classes if num_classes(net) else None
+    given = {} if classes is None else {"class_label": classes}
+    got = net(x, level, **given)
+    want = reference(state, x, level, classes, net.blocks[0].heads, options.get("max_period", 10000.0))
     assert got.dtype == torch.float64 and got.shape == want.shape and float(want.abs().min()) > 0.0
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    low = net.float()(x.float(), label.float(), class_label=classes)
+    low = net.float()(x.float(), level.float(), **given)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low.double(), want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
@@ -161,27 +168,27 @@ def test_the_position_table_is_no_state_and_follows_the_dtype():
     net, _ = network()
     assert sum(v.numel() for v in net.state_dict().values()) == sum(p.numel() for p in net.parameters())
     assert not list(net.buffers())
-    x, label, classes = inputs(net)
-    want = net(x, label, class_label=classes)
-    low = net.bfloat16()(x.bfloat16(), label.float(), class_label=classes)
+    x, level, classes = inputs(net)
+    want = net(x, level, class_label=classes)
+    low = net.bfloat16()(x.bfloat16(), level.float(), class_label=classes)
     assert low.dtype == torch.bfloat16
     # eight bits of mantissa; inputs, weights and every layer are rounded
     assert float((low.double() - want).abs().max()) < 0.1 * float(want.abs().max())
     net, _ = network()
     net = net.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = net(x.float(), label.float(), class_label=classes)
+        low = net(x.float(), level.float(), class_label=classes)
     assert float((low.double() - want).abs().max()) < 0.05 * float(want.abs().max())
 
 
-@pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"num_classes": 0}])
+@pytest.mark.parametrize("options", [{}, {"learned_variance": True}, {"conditions": {}}])
 def test_published_names_and_shapes(options):
     net = DiT(**{**TINY, **options})
     names = dict(published_names(net))
     assert list(names) == list(net.state_dict()) and {k for k, _ in net.named_parameters()} == set(names)
     got = {names[key]: tuple(value.shape) for key, value in net.state_dict().items()}
     outputs = 4 if net.learned_variance else 2
-    assert got == published_shapes((2, 4, 6), net.num_classes, 2, 12, 2, 18, outputs)
+    assert got == published_shapes((2, 4, 6), num_classes(net), 2, 12, 2, 18, outputs)
 
 
 @pytest.mark.parametrize("name", list(SIZES))
@@ -206,8 +213,8 @@ def test_the_defaults_are_the_small_network():
 @torch.no_grad()
 def test_a_fresh_network_outputs_zero(learned_variance):
     net = DiT(**TINY, learned_variance=learned_variance)
-    x, label, classes = inputs(net)
-    out = net(x.float(), label.float(), class_label=classes)
+    x, level, classes = inputs(net)
+    out = net(x.float(), level.float(), class_label=classes)
     assert out.shape == (3, 4 if learned_variance else 2, 4, 6) and float(out.abs().max()) == 0.0
 
 
@@ -218,7 +225,7 @@ def test_initial_values():
     zero = {k for k, v in net.named_parameters() if float(v.abs().max()) == 0.0}
     weights = {"outlet.linear.weight", *(k for k in net.state_dict() if k.endswith("modulation.weight"))}
     assert zero == weights | {k for k in net.state_dict() if k.endswith(".bias")}
-    for table in (net.condition.first, net.condition.second, net.condition.classes):
+    for table in (net.condition.first, net.condition.second, net.condition.branches["class_label"]):
         assert math.isclose(float(table.weight.std()), 0.02, rel_tol=0.05)
     block = net.blocks[0]
     for weight in (net.inlet.weight.flatten(1), block.qkv.weight, block.out.weight, block.first.weight):
@@ -230,36 +237,37 @@ def test_initial_values():
 @torch.no_grad()
 def test_permuted_rows_give_permuted_outputs():
     net, _ = network()
-    x, label, classes = inputs(net)
+    x, level, classes = inputs(net)
     order = torch.tensor([2, 1, 0])
-    swapped = net(x[order], label[order], class_label=classes[order])
-    torch.testing.assert_close(swapped, net(x, label, class_label=classes)[order], rtol=0, atol=1e-13)
+    swapped = net(x[order], level[order], class_label=classes[order])
+    torch.testing.assert_close(swapped, net(x, level, class_label=classes)[order], rtol=0, atol=1e-13)
 
 
 def test_every_parameter_learns_and_every_pixel_matters():
     net, _ = network()
-    x, label, classes = inputs(net)
-    out = net(x.requires_grad_(), label, class_label=classes)
+    x, level, classes = inputs(net)
+    out = net(x.requires_grad_(), level, class_label=classes)
     out.square().sum().backward()
     for key, p in net.named_parameters():
         assert float(p.grad.abs().max()) > 0.0, key
     # attention: the first corner depends on every pixel of its own row, and of no other
-    (gradient,) = torch.autograd.grad(net(x, label, class_label=classes)[0, 0, 0, 0], x)
+    (gradient,) = torch.autograd.grad(net(x, level, class_label=classes)[0, 0, 0, 0], x)
     assert float(gradient[0].abs().min()) > 0.0 and float(gradient[1:].abs().max()) == 0.0
 
 
 def test_gradients_agree_with_finite_differences():
-    tiny = {"shape": (1, 4, 2), "num_classes": 2, "width": 8, "depth": 1, "heads": 2, "learned_variance": True}
+    tiny = {"shape": (1, 4, 2), "width": 8, "depth": 1, "heads": 2, "learned_variance": True}
+    tiny["conditions"] = of_classes(2)
     net, _ = network(**tiny)
     x, _, _ = inputs(net, 2)
-    label, classes = torch.tensor([0.3, 7.0], dtype=torch.float64), torch.tensor([1, 2])
-    at = (x.requires_grad_(), label.requires_grad_())
-    assert torch.autograd.gradcheck(lambda x, label: net(x, label, class_label=classes), at)
+    level, classes = torch.tensor([0.3, 7.0], dtype=torch.float64), torch.tensor([1, 2])
+    at = (x.requires_grad_(), level.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, level: net(x, level, class_label=classes), at)
     names, values = zip(*net.named_parameters(), strict=True)
 
     def by_parameters(*values):
         parameters = dict(zip(names, values, strict=True))
-        return torch.func.functional_call(net, parameters, (x.detach(), label.detach()), {"class_label": classes})
+        return torch.func.functional_call(net, parameters, (x.detach(), level.detach()), {"class_label": classes})
 
     # one random direction per parameter: a full Jacobian has thousands of columns
     assert torch.autograd.gradcheck(by_parameters, values, fast_mode=True)
@@ -268,39 +276,39 @@ def test_gradients_agree_with_finite_differences():
 def test_second_derivatives_and_batches_of_gradients_with_unfused_attention():
     """What a differentiable divergence and an exact one ask for; torch's fused attention has neither."""
     net, _ = network(shape=(1, 4, 2), depth=1, learned_variance=False)
-    x, label, classes = inputs(net, 2)
+    x, level, classes = inputs(net, 2)
     x.requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):
-        assert torch.autograd.gradgradcheck(lambda x: net(x, label, class_label=classes), (x,))
-        out = net(x, label, class_label=classes)
+        assert torch.autograd.gradgradcheck(lambda x: net(x, level, class_label=classes), (x,))
+        out = net(x, level, class_label=classes)
     vectors = torch.eye(16, dtype=torch.float64).reshape(16, *x.shape)
     (together,) = torch.autograd.grad(out, x, vectors, retain_graph=True, is_grads_batched=True)
-    alone = [torch.autograd.grad(net(x, label, class_label=classes), x, v)[0] for v in vectors]
+    alone = [torch.autograd.grad(net(x, level, class_label=classes), x, v)[0] for v in vectors]
     torch.testing.assert_close(together, torch.stack(alone), rtol=0, atol=1e-12)
 
 
 def test_one_graph_under_compile():
     net, _ = network()
-    x, label, classes = inputs(net)
+    x, level, classes = inputs(net)
     torch._dynamo.reset()
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     for given in (classes, None):
-        torch.testing.assert_close(compiled(x, label, class_label=given), net(x, label, class_label=given))
+        torch.testing.assert_close(compiled(x, level, class_label=given), net(x, level, class_label=given))
 
 
 @torch.no_grad()
 def test_dropout_acts_in_training_only():
     net, _ = network(dropout=0.5)
-    x, label, classes = inputs(net)
-    still = net(x, label, class_label=classes)
-    assert torch.equal(still, net(x, label, class_label=classes))
-    assert torch.equal(still, network()[0](x, label, class_label=classes))
+    x, level, classes = inputs(net)
+    still = net(x, level, class_label=classes)
+    assert torch.equal(still, net(x, level, class_label=classes))
+    assert torch.equal(still, network()[0](x, level, class_label=classes))
     for kept, closed in ((2, 5), (5, 2)):  # of the six modulations: the gates of attention and MLP, one of them closed
         net, _ = network(dropout=0.5, depth=1)
         for p in net.blocks[0].modulation.parameters():
             p.unflatten(0, (6, -1))[closed] = 0.0
-        still = net(x, label, class_label=classes)
-        assert not torch.allclose(still, net.train()(x, label, class_label=classes)), kept
+        still = net(x, level, class_label=classes)
+        assert not torch.allclose(still, net.train()(x, level, class_label=classes)), kept
 
 
 @pytest.mark.parametrize(
@@ -317,7 +325,7 @@ def test_dropout_acts_in_training_only():
         ({"mlp_ratio": 0.0}, "mlp_ratio"),
         ({"max_period": 1.0}, "max_period"),
         ({"dropout": 1.0}, "dropout"),
-        ({"num_classes": -1}, "num_classes"),
+        ({"conditions": {"x": of_classes(3)["class_label"]}}, "needs a name"),
     ],
 )
 def test_bad_options_are_refused(options, message):

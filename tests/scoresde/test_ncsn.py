@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from scoresde.data.conditions import classes
 from scoresde.networks.ncsn import NCSN, DilatedBlock, NCSNv2, NoNorm, instance_norm_plus, published_names
 from scoresde.pretrained.score_sde import read_checkpoint
 
@@ -55,11 +56,11 @@ def test_golden_outputs_and_input_gradients(golden, name, dtype, tolerance):
     state = read_checkpoint(golden / meta["checkpoint"], ema=False)
     net = published(GOLDEN[name], state).to(precision)
     x = torch.from_numpy(z[f"{name}/x"]).to(precision).requires_grad_()
-    label = torch.from_numpy(np.asarray(z[f"{name}/{dtype}/labels"]))
-    out = net(x if meta["centered"] else 2 * x - 1, label)
+    level = torch.from_numpy(np.asarray(z[f"{name}/{dtype}/labels"]))
+    out = net(x if meta["centered"] else 2 * x - 1, level)
     assert out.dtype == precision
     if meta["model"]["scale_by_sigma"]:
-        out = out / state["sigmas"][label].to(precision)[:, None, None, None]
+        out = out / state["sigmas"][level].to(precision)[:, None, None, None]
     want = torch.from_numpy(z[f"{name}/{dtype}/net_out"]).to(precision)
     assert float((out - want).detach().abs().max() / want.abs().max()) < tolerance
     vector = torch.from_numpy(z[f"{name}/vjp_v"]).to(precision)
@@ -68,7 +69,7 @@ def test_golden_outputs_and_input_gradients(golden, name, dtype, tolerance):
     assert float((got - wanted).abs().max() / wanted.abs().max()) < tolerance
 
 
-def straight(state, x, label, stages, refine):
+def straight(state, x, level, stages, refine):
     """The published networks written out for ELU; `state` has published names, and a norm without entries is none."""
 
     def conv(name, h, dilation=1):
@@ -78,7 +79,7 @@ def straight(state, x, label, stages, refine):
 
     def norm(name, h):
         if f"{name}.embed.weight" in state:
-            gamma, alpha, beta = state[f"{name}.embed.weight"][label][..., None, None].chunk(3, 1)
+            gamma, alpha, beta = state[f"{name}.embed.weight"][level][..., None, None].chunk(3, 1)
         elif f"{name}.alpha" in state:
             gamma, alpha, beta = (state[f"{name}.{part}"][:, None, None] for part in ("gamma", "alpha", "beta"))
         else:
@@ -142,11 +143,11 @@ def straight(state, x, label, stages, refine):
 @torch.no_grad()
 def test_all_sizes_against_the_network_written_out(kind, size, stages, refine):
     net = network(kind, (3, 16, 24), multipliers=SIZES[size]).double()
-    x, label = inputs(net)
+    x, level = inputs(net)
     own = net.state_dict()
     state = {theirs: own[ours] for ours, theirs in published_names(net)}
-    want = straight(state, x, label, stages.split(), refine.split())
-    torch.testing.assert_close(net(x, label), want, rtol=0, atol=1e-11 * float(want.abs().max()))
+    want = straight(state, x, level, stages.split(), refine.split())
+    torch.testing.assert_close(net(x, level), want, rtol=0, atol=1e-11 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize("name", sorted(GOLDEN))
@@ -206,8 +207,8 @@ def test_stage_31_is_the_published_place_of_the_extra_stage():
 @torch.no_grad()
 def test_any_channels_and_sides(kind, shape):
     net = network(kind, shape)
-    x, label = inputs(net, 2, torch.float32)
-    out = net(x, label)
+    x, level = inputs(net, 2, torch.float32)
+    out = net(x, level)
     assert out.shape == x.shape and bool(out.isfinite().all())
 
 
@@ -215,11 +216,11 @@ def test_any_channels_and_sides(kind, shape):
 @torch.no_grad()
 def test_deeper_networks_halve_more_often(size, shape):
     net = network(NCSNv2, shape, multipliers=SIZES[size])
-    x, label = inputs(net, 2, torch.float32)
+    x, level = inputs(net, 2, torch.float32)
     seen = []
     for stage in net.stages:
         stage.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape[1:])))
-    assert net(x, label).shape == x.shape
+    assert net(x, level).shape == x.shape
     halvings = [0, *range(1, len(SIZES[size]) - 2), *[len(SIZES[size]) - 3] * 2]
     _, h, w = shape
     assert seen == [(4 * m, h >> n, w >> n) for m, n in zip(SIZES[size], halvings, strict=True)]
@@ -233,46 +234,46 @@ def test_deeper_networks_halve_more_often(size, shape):
 def test_options_matter(kind, options):
     """The same weights with another option make another network."""
     default, other = network(kind).double(), network(kind, **options).double()
-    x, label = inputs(default)
-    assert float((default(x, label) - other(x, label)).abs().max()) > 1e-3 * float(default(x, label).abs().max())
+    x, level = inputs(default)
+    assert float((default(x, level) - other(x, level)).abs().max()) > 1e-3 * float(default(x, level).abs().max())
 
 
 @each_class
 def test_vector_jacobian_product_is_the_directional_derivative(kind):
     """<v, J u> from the gradient equals central differences along u."""
     net = network(kind, (2, 8, 8), activation="silu").double()  # twice differentiable, so that differences converge
-    x, label = inputs(net)
+    x, level = inputs(net)
     g = torch.Generator().manual_seed(2)
     u, v = (torch.randn(x.shape, generator=g, dtype=x.dtype) for _ in range(2))
     point = x.clone().requires_grad_()
-    (vjp,) = torch.autograd.grad((net(point, label) * v).sum(), point)
+    (vjp,) = torch.autograd.grad((net(point, level) * v).sum(), point)
     with torch.no_grad():
         step = 1e-6
-        difference = (net(x + step * u, label) - net(x - step * u, label)) / (2 * step)
+        difference = (net(x + step * u, level) - net(x - step * u, level)) / (2 * step)
     torch.testing.assert_close((vjp * u).sum(), (difference * v).sum(), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_the_label_is_a_noise_level_of_ncsn_and_nothing_to_ncsnv2():
     first, second = network(NCSN).double(), network(NCSNv2).double()
-    x, label = inputs(first)
-    assert not torch.allclose(first(x, label), first(x, (label + 1) % LEVELS), rtol=1e-3)
-    assert torch.equal(second(x, label), second(x, label + 1000.5))
+    x, level = inputs(first)
+    assert not torch.allclose(first(x, level), first(x, (level + 1) % LEVELS), rtol=1e-3)
+    assert torch.equal(second(x, level), second(x, level + 1000.5))
     # an index that arrives in floating point, slightly off or not, is the same index
-    assert torch.equal(first(x, label), first(x, label.double() - 1e-3))
+    assert torch.equal(first(x, level), first(x, level.double() - 1e-3))
     with pytest.raises(IndexError):
-        first(x, label + LEVELS)
+        first(x, level + LEVELS)
 
 
 @each_class
 def test_one_graph_under_compile(kind):
     """fullgraph fails on any graph break; the eager backend needs no compiler."""
     net = network(kind)
-    x, label = inputs(net, dtype=torch.float32)
+    x, level = inputs(net, dtype=torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(net, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, label), net(x, label))
-    torch.testing.assert_close(compiled(x, label.float()), net(x, label))
+    torch.testing.assert_close(compiled(x, level), net(x, level))
+    torch.testing.assert_close(compiled(x, level.float()), net(x, level))
 
 
 def test_instance_norm_plus_is_its_formula():
@@ -307,7 +308,7 @@ def test_dilated_convolutions_see_every_other_pixel():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 3}, "no class conditioning.*got 3"),
+        ({"conditions": classes(3)}, "takes no conditions, got class_label"),
         ({"shape": (3, 8)}, r"\(C, H, W\)"),
         ({"shape": (3, 0, 8)}, r"\(C, H, W\)"),
         ({"shape": (3, 7, 8)}, "multiples of 2, got 7 x 8"),
@@ -336,19 +337,19 @@ def test_bad_numbers_of_levels_are_refused():
 @each_class
 def test_wrong_inputs_are_refused(kind):
     net = network(kind, (3, 8, 8))
-    x, label = inputs(net, dtype=torch.float32)
+    x, level = inputs(net, dtype=torch.float32)
     with pytest.raises(ValueError, match="x must have shape"):
-        net(x[..., :4], label)
-    for wrong in (label[:2], label[0], label[:, None]):
-        with pytest.raises(ValueError, match=r"`label` must have shape \(3,\)"):
+        net(x[..., :4], level)
+    for wrong in (level[:2], level[0], level[:, None]):
+        with pytest.raises(ValueError, match=r"`noise_level` must have shape \(3,\)"):
             net(x, wrong)
-    with pytest.raises(ValueError, match="without classes"):
-        net(x, label, class_label=label)
+    with pytest.raises(TypeError, match=r"no conditions.*without class_label"):
+        net(x, level, class_label=level)
 
 
 @each_class
 def test_options_are_jsonable(kind):
     """A configuration that went through JSON builds the same network."""
-    options = {"shape": [3, 8, 8], "num_classes": 0, "channels": 4, "multipliers": [1, 2, 2, 2], "activation": "elu"}
+    options = {"shape": [3, 8, 8], "conditions": {}, "channels": 4, "multipliers": [1, 2, 2, 2], "activation": "elu"}
     one, other = kind(**options), kind(**json.loads(json.dumps(options)))
     other.load_state_dict(one.state_dict())

@@ -54,11 +54,11 @@ def test_golden_outputs_and_input_gradients(golden, name, dtype, tolerance):
     net.load_state_dict(convert_state(net, state))
     net = net.to(precision)
     x = torch.from_numpy(z[f"{name}/x"]).to(precision).requires_grad_()
-    label = torch.from_numpy(np.asarray(z[f"{name}/{dtype}/labels"]))
-    fourier = isinstance(net.condition.label, FourierEmbedding)
-    out = net(x if meta["centered"] else 2 * x - 1, (label.log() if fourier else label).to(precision))
+    level = torch.from_numpy(np.asarray(z[f"{name}/{dtype}/labels"]))
+    fourier = isinstance(net.condition.noise_level, FourierEmbedding)
+    out = net(x if meta["centered"] else 2 * x - 1, (level.log() if fourier else level).to(precision))
     if model["scale_by_sigma"]:
-        sigma = label if fourier else state["sigmas"][label.long()]
+        sigma = level if fourier else state["sigmas"][level.long()]
         out = out / sigma.to(precision)[:, None, None, None]
     want = torch.from_numpy(z[f"{name}/{dtype}/net_out"]).to(precision)
     assert float((out - want).detach().abs().max() / want.abs().max()) < tolerance
@@ -142,8 +142,8 @@ def test_the_filter_is_a_constant_that_follows_its_module():
         later = NCSNpp((3, 8, 8), channels=8, multipliers=(1, 2), blocks=1, attention=())
     assert all(m.kernel.is_meta for m in later.modules() if isinstance(m, Filter))
     later.to_empty(device="cpu").double().load_state_dict(net.state_dict())
-    x, label = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    torch.testing.assert_close(later.eval()(x, label), net.eval()(x, label), rtol=0.0, atol=0.0)
+    x, level = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    torch.testing.assert_close(later.eval()(x, level), net.eval()(x, level), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,6 @@ def test_the_filter_is_a_constant_that_follows_its_module():
         ({"output_pyramid": "x"}, "output_pyramid"),
         ({"combine": "add"}, "combine"),
         ({"dropout": 1.0}, "dropout"),
-        ({"num_classes": -1}, "num_classes"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -35,6 +35,7 @@ from scoresde.networks.dit import published_names
 from scoresde.pretrained import MismatchError, edm, edm_pickle, guided_diffusion, load, score_sde
 from scoresde.pretrained import diffusers as diffusers_format
 from scoresde.pretrained.diffusers import architecture, chain, convert_state
+from scoresde.pretrained.mapping import one_class
 from scoresde.storage import CheckpointError
 from sde_lib import SDES, NoisePrediction, build
 from solvers import Heun, Karras, solve
@@ -318,12 +319,12 @@ def test_guided_diffusion_through_edms_arrays(golden, tmp_path):
 @pytest.mark.parametrize(
     ("size", "multipliers", "options", "millions"),
     [
-        (64, (1, 2, 3, 4), {"channels": 192, "blocks": 3, "num_classes": 1000}, 296),
-        (128, (1, 1, 2, 3, 4), {"channels": 256, "blocks": 2, "num_classes": 1000, "heads": 4}, 422),
-        (256, (1, 1, 2, 2, 4, 4), {"channels": 256, "blocks": 2, "num_classes": 1000}, 554),
+        (64, (1, 2, 3, 4), {"channels": 192, "blocks": 3, "conditions": one_class(1000)}, 296),
+        (128, (1, 1, 2, 3, 4), {"channels": 256, "blocks": 2, "conditions": one_class(1000), "heads": 4}, 422),
+        (256, (1, 1, 2, 2, 4, 4), {"channels": 256, "blocks": 2, "conditions": one_class(1000)}, 554),
         (
             512, (1, 2, 2, 4, 4, 8, 8),
-            {"channels": 128, "blocks": 2, "num_classes": 1000, "embedding_channels": 256}, 559,
+            {"channels": 128, "blocks": 2, "conditions": one_class(1000), "embedding_channels": 256}, 559,
         ),
     ],
 )  # fmt: skip
@@ -331,7 +332,8 @@ def test_published_sizes_of_adm(size, multipliers, options, millions):
     """Dhariwal & Nichol 2021, Table 12: parameters in millions; names and shapes read back give the same network."""
     with torch.device("meta"):
         net = ADM((3, size, size), multipliers=multipliers, learned_variance=True, **options)
-    count = sum(p.numel() for p in net.parameters()) - net.condition.classes.weight.shape[1]  # the null class is ours
+    null = net.condition.branches["class_label"].weight[-1]  # of ours
+    count = sum(p.numel() for p in net.parameters()) - null.numel()
     assert round(count / 1e6) == millions
     names = {e.parts[0]: torch.empty(own.shape, device="meta") for e, own in
              ((e, net.state_dict()[e.target]) for e in guided_diffusion.entries(net))}  # fmt: skip
@@ -372,7 +374,8 @@ def test_learned_variances_enter_the_bound():
 # --- DiT --------------------------------------------------------------------------------------------------------------
 def test_dit_checkpoints(tmp_path):
     torch.manual_seed(0)
-    options = {"shape": (4, 8, 8), "num_classes": 10, "width": 384, "depth": 2, "heads": 6, "learned_variance": True}
+    options = {"shape": (4, 8, 8), "conditions": one_class(10), "width": 384, "depth": 2, "heads": 6}
+    options["learned_variance"] = True
     net = DiT(**options).eval()
     with torch.no_grad():
         for p in net.parameters():
@@ -494,7 +497,7 @@ def test_what_diffusers_has_and_we_do_not_is_named(change, message):
 
 # --- our own, the Hub, and everything else ----------------------------------------------------------------------------
 def small_model(levels=0, classes=0):
-    options = {"shape": [1, 8, 8], "channels": 8, "num_classes": classes}
+    options = {"shape": [1, 8, 8], "channels": 8, "conditions": one_class(classes)}
     return ScoreModel.from_config(
         {
             "network": {"name": "unet", "unet": options}, "sde": {"name": "vp", "vp": {}}, "parameterization": "v",
