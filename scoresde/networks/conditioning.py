@@ -110,7 +110,7 @@ class Pool(nn.Module):
         self.attention = CrossAttention(width, width, math.gcd(8, width))
 
     def forward(self, tokens: Tokens) -> Tensor:
-        pooled: Tensor = self.attention(self.query.expand(len(tokens.values), 1, -1), tokens)
+        pooled: Tensor = self.attention(self.query.expand(tokens.values.shape[0], 1, -1), tokens)
         return pooled[:, 0]
 
 
@@ -234,7 +234,7 @@ class ConditionEmbedding(nn.Module):
         given = self._complete(condition or {}, noise_level)
         h = self.noise_level(noise_level).to(self.dtype)
         if augment_label is not None:
-            h = h + self._augmented(augment_label, len(noise_level))
+            h = h + self._augmented(augment_label, noise_level.shape[0])
         if self.class_entry == "features":
             h = self._added(h, "class", given)
         h = self.second(F.silu(self.first(h)))
@@ -258,12 +258,12 @@ class ConditionEmbedding(nn.Module):
         return self.first.weight.dtype
 
     def _complete(self, condition: Mapping[str, Any], noise_level: Tensor) -> dict[str, Any]:
-        """Every condition, those left out as none."""
-        for name in condition:
-            if name not in self.specs:
+        """Every condition, those left out, and None, as none."""
+        for name, value in condition.items():
+            if name not in self.specs and value is not None:
                 known = f"it has {', '.join(self.specs)}" if self.specs else "it was built without conditions"
                 raise TypeError(f"This network has no condition `{name}`: {known}.")
-        n = len(noise_level)
+        n = noise_level.shape[0]
         given = {}
         for name, spec in self.specs.items():
             value = condition.get(name)
@@ -307,9 +307,9 @@ class ConditionEmbedding(nn.Module):
                 token = token.to(self.dtype).masked_fill(~mask[..., None], 0.0)
             values.append(self.branches[name](token))
             masks.append(mask)
-        n = len(masks[0])
         always = torch.ones_like(masks[0][:, :1])
-        return Tokens(torch.cat([self.no_token.expand(n, 1, -1), *values], 1), torch.cat([always, *masks], 1))
+        no_token = self.no_token.expand(always.shape[0], 1, -1)
+        return Tokens(torch.cat([no_token, *values], 1), torch.cat([always, *masks], 1))
 
 
 def _two_maps(inputs: int, width: int) -> nn.Module:

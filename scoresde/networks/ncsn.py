@@ -380,8 +380,9 @@ class RefineNet(nn.Module):
             raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}.")
         if noise_level.shape != x.shape[:1]:
             raise ValueError(f"`noise_level` must have shape ({len(x)},), got {tuple(noise_level.shape)}.")
-        if condition:
-            raise TypeError(f"{type(self).__name__} takes no conditions: call it without {', '.join(condition)}.")
+        given = [name for name, value in condition.items() if value is not None]
+        if given:
+            raise TypeError(f"{type(self).__name__} takes no conditions: call it without {', '.join(given)}.")
         return self._run(x, noise_level)
 
 

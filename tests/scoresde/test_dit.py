@@ -196,7 +196,7 @@ def test_parameter_counts_are_the_published_ones(name):
     """Of /2 networks for ImageNet's latents, without the position table; with it, DiT-B would round to 131."""
     depth, width, heads, millions = SIZES[name]
     with torch.device("meta"):
-        net = DiT((4, 32, 32), 1000, patch=2, width=width, depth=depth, heads=heads, learned_variance=True)
+        net = DiT((4, 32, 32), of_classes(1000), patch=2, width=width, depth=depth, heads=heads, learned_variance=True)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
     shapes = published_shapes((4, 32, 32), 1000, 2, width, depth, 4 * width, 8)
     assert sum(math.prod(s) for s in shapes.values()) == sum(p.numel() for p in net.parameters())
@@ -205,7 +205,7 @@ def test_parameter_counts_are_the_published_ones(name):
 def test_the_defaults_are_the_small_network():
     with torch.device("meta"):
         shapes = [p.shape for p in DiT((3, 32, 32)).parameters()]
-        explicit = DiT((3, 32, 32), 0, 2, 384, 12, 6, 4.0, 10000.0, 0.0, False)
+        explicit = DiT((3, 32, 32), None, 2, 384, 12, 6, 4.0, 10000.0, 0.0, False)
     assert shapes == [p.shape for p in explicit.parameters()]
 
 
@@ -221,7 +221,7 @@ def test_a_fresh_network_outputs_zero(learned_variance):
 @torch.no_grad()
 def test_initial_values():
     torch.manual_seed(0)
-    net = DiT((4, 16, 16), 100, width=96, depth=2, heads=3)
+    net = DiT((4, 16, 16), of_classes(100), width=96, depth=2, heads=3)
     zero = {k for k, v in net.named_parameters() if float(v.abs().max()) == 0.0}
     weights = {"outlet.linear.weight", *(k for k in net.state_dict() if k.endswith("modulation.weight"))}
     assert zero == weights | {k for k in net.state_dict() if k.endswith(".bias")}

@@ -23,7 +23,7 @@ from scoresde.data import Dataset, DataSpec, Source, Split, classes
 
 
 class OwnNet(nn.Module):
-    def __init__(self, shape, num_classes=0, width: int = 8, scale: float = 1):
+    def __init__(self, shape, conditions=None, width: int = 8, scale: float = 1):
         super().__init__()
         self.scale = scale
         self.layers = nn.Sequential(nn.Linear(shape[0] + 1, width), nn.SiLU(), nn.Linear(width, shape[0]))
