@@ -130,7 +130,8 @@ def test_a_denoiser_is_exported(law):
 )
 def test_classes_that_are_none_are_refused(labels, error, words):
     """At every door: reverse, given, sample, and the loss."""
-    model = ScoreModel(MLP((2,), classes(3), width=8, depth=1), VPSDE(), data_spec=DataSpec((2,), conditions=classes(3)))
+    spec = DataSpec((2,), conditions=classes(3))
+    model = ScoreModel(MLP((2,), classes(3), width=8, depth=1), VPSDE(), data_spec=spec)
     condition = {"class_label": labels}
     for door in (
         lambda: model.reverse(condition),
