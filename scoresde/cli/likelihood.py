@@ -45,18 +45,18 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     held_out = config.make_data(settings).held_out
     if n is not None and not 1 <= n <= len(held_out):
         raise ValueError(f"likelihood.n must be in 1 … {len(held_out)} (the held-out samples), got {n}.")
-    data, labels = held_out.data[:n], None
+    data, condition = held_out.data[:n], {}
     if arguments.given_class:
         if "class_label" not in held_out.condition:
             raise ValueError("--given-class needs data with classes.")
-        labels = held_out.condition["class_label"][:n]
+        condition = {"class_label": held_out.condition["class_label"][:n]}
     out = Path(arguments.out or Path(arguments.workdir or ".") / "likelihood")
     summary: dict[str, Any] = {}
     pictures: dict[str, Callable[[Path], object]] = {}
     with process_group() as first:
         if not isinstance(model.law, Chain):
             result = bits_per_dim(
-                model, data, labels=labels, path=out / "likelihood.csv", resume=not arguments.restart, **options
+                model, data, condition=condition, path=out / "likelihood.csv", resume=not arguments.restart, **options
             )
         if not first:
             return
@@ -66,14 +66,15 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
             pictures["likelihood.png"] = lambda path: histogram(result, path)
             pictures["budget.png"] = lambda path: budget(result, path)
             if arguments.convergence:
-                condition = {} if labels is None else {"class_label": labels[:8].to(model.device)}
+                given = {name: value[:8].to(model.device) for name, value in condition.items()}
                 x = model.encode(data[:8]).to(model.device, model.dtype)
-                settled = convergence(model.reverse(condition), x, seed=options["seed"], sigma_data=model.sigma_data)
+                settled = convergence(model.reverse(given), x, seed=options["seed"], sigma_data=model.sigma_data)
                 print(settled.table())
                 summary["convergence"] = vars(settled)
                 pictures["convergence.png"] = settled.plot
         if arguments.elbo or isinstance(model.law, Chain):
-            bound = elbo_of_data(model, data, labels=labels, seed=options["seed"], batch_size=options["batch_size"])
+            kept = {name: options[name] for name in ("seed", "batch_size")}
+            bound = elbo_of_data(model, data, condition=condition, **kept)
             print(f"{len(data)} held-out samples: {bound}")
             summary["elbo"] = bound.summary()
         write_whole(out / "likelihood.json", json.dumps(summary, indent=1) + "\n")

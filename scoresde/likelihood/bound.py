@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresde.codecs import Codec
-from scoresde.data.spec import DataSpec
+from scoresde.likelihood.bins import Bins
 from scoresde.likelihood.intervals import half_width, satterthwaite
 from sde_lib import Knot, Prediction, ReverseSDE
 from solvers.noise import Draw
@@ -49,13 +48,21 @@ class Bound:
 
 @dataclass
 class Run:
-    """Data, noise, and batches of evaluations."""
+    """Data, noise, and batches of evaluations.
+
+    Attributes:
+        rev: the reverse SDE, or of a chain, under its conditions.
+        x: states, (B, *D).
+        draw: noise of their shape.
+        bins: of integers, whose middles x are; None for the density.
+        sigma_data: standard deviation of the data for the control variate; 0 for none.
+        batch_rows: rows per network call.
+    """
 
     rev: ReverseSDE
     x: Tensor
     draw: Draw
-    levels: DataSpec | None
-    codec: Codec | None
+    bins: Bins | None
     sigma_data: float
     batch_rows: int
 

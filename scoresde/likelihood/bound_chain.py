@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from scoresde.codecs import Affine
 from scoresde.likelihood.bound import Bound, Run, Variances, as_bound, prior_kl, total
 from sde_lib import Chain, Knot, Prediction
 
@@ -52,7 +51,7 @@ def bound_of_chain(run: Run, chain: Chain, times: int | None, draws: int, varian
     for which, noise, prediction in run.at([zero] * draws, "decoder"):
         decoded[which] = -total(log_decoder(run, chain, prediction, noise, variance)).reshape(-1, b)
     prior = prior_kl(x, chain.levels[-1], chain.prior_std)
-    of = "-log P of the integers" if run.levels else "-log p"
+    of = "-log P of the integers" if run.bins else "-log p"
     what = f"variational bound on {of} of a chain of {chain.n} steps"
     variances = variances + Variances.of_means(decoded[None])
     return as_bound(run, (decoded.mean(0), diffusion, prior), variances, len(steps) + draws, what)
@@ -81,7 +80,7 @@ def _log_variance(run: Run, chain: Chain, prediction: Prediction, variance: Vari
     index = torch.as_tensor(knot.index)
     if variance == "small":
         table = torch.cat([chain.posterior_std[1:2].square(), chain.posterior_std[1:].square()])
-    elif run.levels is None:
+    elif run.bins is None:
         table = chain.betas
     else:
         table = torch.cat([chain.posterior_std[1:2].square(), chain.betas[1:]])
@@ -110,18 +109,16 @@ def step_kl(run: Run, chain: Chain, prediction: Prediction, noise: Tensor, varia
 def log_decoder(run: Run, chain: Chain, prediction: Prediction, noise: Tensor, variance: Variance) -> Tensor:
     """log p(x | x_0) per element: of the density, or of the bin whose middle is x."""
     log_variance = _log_variance(run, chain, prediction, variance)
-    if run.levels is None:
+    if run.bins is None:
         square = _square(run, prediction, noise)
         return -0.5 * (square * torch.exp(-log_variance) + log_variance + math.log(2.0 * math.pi))
-    spec, mean = run.levels, prediction.data.double()
+    bins, mean = run.bins, prediction.data.double()
     x = run.x.repeat(len(mean) // len(run.x), *[1] * (run.x.ndim - 1)).double()
     std = torch.exp(0.5 * log_variance).expand_as(mean)
-    codec = run.codec
-    assert spec.levels is not None and isinstance(codec, Affine)
-    half, k = 0.5 / codec.scales(x), codec.decode(x).floor()
+    half, k = bins.half_width(x), bins.index(x)
     low, high = (x - half - mean) / std, (x + half - mean) / std
     low = torch.where(k <= 0, -math.inf, low)
-    high = torch.where(k >= spec.levels - 1, math.inf, high)
+    high = torch.where(k >= bins.levels - 1, math.inf, high)
     # both ends on the side where the tail is small: a difference of numbers near one would lose it
     flip = low > 0
     low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from scoresde.codecs import Codec
-from scoresde.data.spec import DataSpec
+from scoresde.likelihood.bins import Bins
 from scoresde.likelihood.bound import Bound, Run, Variances, as_bound, prior_kl, total
 from sde_lib import SDE, Knot
 
@@ -30,7 +29,7 @@ def bound_of_sde(run: Run, law: SDE, times: int, draws: int) -> Bound:
     diffusion = width * pairs.mean(1).sum(0)
     decoded, calls = _decoder(run, law, first, draws)
     prior = prior_kl(x, last, law.prior_std)
-    of = "-log P of the integers" if run.levels else "-log p"
+    of = "-log P of the integers" if run.bins else "-log p"
     what = f"variational bound on {of} in continuous time, from t = {law.t_min:g} to {law.drift_t_max:g}"
     variances = Variances.of_means(width * pairs) + Variances.of_means(decoded[None])
     return as_bound(run, (decoded.mean(0), diffusion, prior), variances, times + calls, what)
@@ -41,24 +40,22 @@ def _decoder(run: Run, law: SDE, first: Knot, draws: int) -> tuple[Tensor, int]:
     x, b = run.x, len(run.x)
     std = math.exp(-float(first.half_log_snr))
     values = torch.empty(draws, b, dtype=torch.float64, device=x.device)
-    if run.levels is not None:
+    if run.bins is not None:
         for j in range(draws):
             y = x.double() + std * run.draw.normal("decoder", j).double()
-            values[j] = -total(log_softmax(run.levels, run.codec, y, x, std))
+            values[j] = -total(log_softmax(run.bins, y, x, std))
     else:
         places = [torch.full((b,), law.t_min, dtype=torch.float64, device=x.device)] * draws
         constant = x[0].numel() * (math.log(std) + 0.5 * math.log(2.0 * math.pi))
         for which, noise, prediction in run.at(places, "decoder"):
             # the prediction's distance from x is std (eps - eps_hat)
             values[which] = (0.5 * total(run.squared_error(prediction, noise)) + constant).reshape(-1, b)
-    return values, 0 if run.levels is not None else draws
+    return values, 0 if run.bins is not None else draws
 
 
-def log_softmax(spec: DataSpec, codec: Codec | None, y: Tensor, x: Tensor, std: float) -> Tensor:
+def log_softmax(bins: Bins, y: Tensor, x: Tensor, std: float) -> Tensor:
     """log P(k | y) per element, with P(k | y) in proportion to N(y; x_k, std^2), at the level whose middle is x."""
-    assert spec.levels is not None and codec is not None
     norm = torch.full_like(y, -math.inf)
-    for k in range(spec.levels):
-        middle = codec.encode(y.new_full(spec.shape, k + 0.5))
+    for middle in bins.middles(y):
         norm = torch.logaddexp(norm, -0.5 * ((y - middle) / std).square())
     return -0.5 * ((y - x.double()) / std).square() - norm

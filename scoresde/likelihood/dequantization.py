@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scoresde.codecs import Affine, Codec
+from scoresde.codecs import Codec
+from scoresde.likelihood.bins import aligned, noise_in_bins
 from sde_lib import Knot, lookup
 
 
@@ -45,21 +46,22 @@ def truncated_normal(codec: Codec, knot: Knot) -> Dequantization:
     r"""The model's own noise at t_min, cut off at the edges of the bin.
 
     :math:`x = x_k + (\sigma / \alpha)\, e` with e standard normal on :math:`(-\tau, \tau)`,
-    :math:`\tau = \alpha / (2 s \sigma)` for bins of width 1 / s in model units: the state :math:`\alpha x` has the law
-    that the network was trained on, where uniform noise is wider than anything it knows. There is no truncation at
-    t_min left to correct: the probability of the bin is that of the density at t_min itself.
+    :math:`\tau = \alpha / (2 s \sigma)` for bins of width 1 / s in model units, s of every element: the state
+    :math:`\alpha x` has the law that the network was trained on, where uniform noise is wider than anything it knows.
+    There is no truncation at t_min left to correct: the probability of the bin is that of the density at t_min itself.
 
     Source: Zheng et al. 2023, arXiv:2305.03935, section 4.1.
     """
-    ratio = bin_scale(codec) * math.exp(-float(knot.half_log_snr))  # the noise in units of the bin
-    tau = 0.5 / ratio
-    half = 0.5 * math.erf(tau / math.sqrt(2.0))
-    constant = -0.5 * math.log(2.0 * math.pi) - math.log(2.0 * half) - math.log(ratio)
+    affine = aligned("Truncated-normal dequantization", codec)
 
     def draw(data: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        ratio = affine.scales(noise) * math.exp(-float(knot.half_log_snr))  # the noise in units of the bin
+        tau = 0.5 / ratio
+        half = 0.5 * torch.erf(tau / math.sqrt(2.0))
+        constant = -0.5 * math.log(2.0 * math.pi) - (2.0 * half).log() - ratio.log()
         # the quantile of a probability between those of -tau and tau, from below, where it keeps its digits
         inside = torch.special.ndtr(-noise.abs())
-        e = torch.special.ndtri((0.5 - half) + 2.0 * half * inside).clamp(min=-tau) * -noise.sign()
+        e = torch.special.ndtri((0.5 - half) + 2.0 * half * inside).maximum(-tau) * -noise.sign()
         log_q = (constant - 0.5 * e.square()).reshape(len(data), -1).sum(1)
         return 0.5 + ratio * e, log_q
 
@@ -71,21 +73,6 @@ DEQUANTIZATIONS: Mapping[str, Callable[[Codec, Knot], Dequantization]] = {
     "truncated_normal": truncated_normal,
 }
 """Name -> maker."""
-
-
-def bin_scale(codec: Codec) -> float:
-    """How many bins, of width 1 in data units, are one unit of the state.
-
-    Raises:
-        ValueError: for a codec whose states have no bins of one width along every axis.
-    """
-    if not isinstance(codec, Affine) or not isinstance(codec.scale, float):
-        raise ValueError(
-            f"This needs one scale for all elements, and the codec {codec.name!r} has none: dequantize uniformly."
-        )
-    return codec.scale
-
-
 AUTO = 0.25
 """Noise at t_min, in units of the bin, from which "auto" takes the truncated normal."""
 
@@ -93,12 +80,12 @@ AUTO = 0.25
 def name_of(what: str | Dequantization, codec: Codec, knot: Knot) -> str:
     """The name of a dequantization, with "auto" resolved.
 
-    "auto" is the truncated normal where the noise at t_min is wide enough to fill the bin, and uniform elsewhere: a
-    narrow normal would leave out most of the bin over which a model trained on dequantized data has spread its mass.
+    "auto" is the truncated normal where the noise at t_min is wide enough to fill the bin of every element, and uniform
+    elsewhere: a narrow normal would leave out most of the bin over which a model trained on dequantized data has spread
+    its mass. Under a codec that mixes the elements it is uniform.
     """
     if what == "auto":
-        wide = bin_scale(codec) * math.exp(-float(knot.half_log_snr)) >= AUTO
-        return "truncated_normal" if wide else "uniform"
+        return "truncated_normal" if noise_in_bins(codec, knot) >= AUTO else "uniform"
     return what if isinstance(what, str) else str(getattr(what, "__name__", "own"))
 
 

@@ -1,4 +1,4 @@
-"""What likelihoods and scorings of data sets refuse: what is no density, labels that do not fit, unknown options."""
+"""What likelihoods and scores of data sets refuse: what is no density, conditions that do not fit, unknown options."""
 
 from __future__ import annotations
 
@@ -8,23 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from scoresde.codecs import Codec
-from scoresde.data.spec import DataSpec
+from scoresde.data.conditions import mapped
 from scoresde.models.score_model import ScoreModel
 from sde_lib._checks import did_you_mean, options_of
 from sde_lib.reverse import Reverse
-
-
-def check_labels(spec: DataSpec, labels: Any, n: int) -> None:
-    """Raise unless labels are None or one per sample, and classes of the specification if it has any."""
-    if labels is None:
-        return
-    if spec.num_classes:
-        spec.conditions["class_label"].check("class_label", labels)
-    elif not isinstance(labels, Tensor):
-        raise TypeError(f"`labels` must be a tensor of shape ({n},), got {type(labels).__name__}.")
-    if labels.shape != (n,):
-        raise ValueError(f"`labels` must have shape ({n},), got {tuple(labels.shape)}.")
-
 
 NO_DENSITY = {
     "guided": (
@@ -56,9 +43,38 @@ def check_options(scoring: str, function: Callable[..., Any], given: Mapping[str
             )
 
 
-def check_codec(model: ScoreModel) -> Codec:
-    """The codec of a model, which must be a bijection."""
-    codec = model.codec
-    if codec is None or codec.log_volume is None:
-        raise ValueError("The codec of this model is no bijection, so that its data have no density to be scored.")
-    return codec
+def check_condition(model: ScoreModel, condition: Any, n: int) -> dict[str, Any]:
+    """The condition of n samples, {} for None: of what the data specification knows, if it knows any, and a mapping of
+    the network's arguments otherwise.
+
+    Raises:
+        TypeError, ValueError: for another one, or tensors that have not n rows.
+    """
+    if model.data_spec is not None and model.data_spec.conditions:
+        model.data_spec.check_condition(condition, n)
+    else:
+        model.check_condition(condition)
+    condition = dict(condition or {})
+    mapped(lambda value: _check_rows(value, n), condition)
+    return condition
+
+
+def _check_rows(value: Tensor, n: int) -> Tensor:
+    if value.ndim and len(value) != n:
+        raise ValueError(f"`condition` must have a row per sample at every depth, {n}, got {tuple(value.shape)}.")
+    return value
+
+
+def check_volume(asked: str, codec: Codec) -> float:
+    """log |det dx / dz| of a codec, per sample.
+
+    Raises:
+        ValueError: for one without, with why and what to do.
+    """
+    volume = codec.log_volume
+    if volume is None:
+        raise ValueError(
+            f"{asked} needs a codec that is a bijection, and {codec.name!r} is none, so that no density of the data "
+            "follows from the model's: score states, log_likelihood(model.reverse(), x), whose units are the codec's."
+        )
+    return volume

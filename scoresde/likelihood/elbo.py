@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scoresde.codecs import Affine, Codec
 from scoresde.data.spec import DataSpec
+from scoresde.likelihood.bins import Bins
 from scoresde.likelihood.bound import Bound, Run
 from scoresde.likelihood.bound_chain import Variance, bound_of_chain
 from scoresde.likelihood.bound_sde import bound_of_sde
@@ -67,7 +68,8 @@ def elbo(
             neighbours (see `Variances.from_neighbours`), and is too large where they differ by more than their noise.
         draws: noise draws of the decoder, >= 2.
         data_spec: with levels: bound -log P of the integers instead of -log p.
-        codec: how the integers became x, element by element; the default one of `data_spec` if None.
+        codec: how the integers became x, with `data_spec`: an `Affine` one, with scales of all elements or of each; the
+            default one of `data_spec` if None.
         variance: of the chain's steps: "small", the posterior's own; "large", that of the forward step; or learned, a
             function (x, knot) -> log variance like x. At level 0, where the posterior has none, "small" takes level
             1's, and so does "large" for integers (Nichol & Dhariwal 2021, arXiv:2102.09672); for densities "large"
@@ -100,32 +102,19 @@ def elbo(
         raise ValueError(f"`variance` must be one of {', '.join(VARIANCES)}, or a function, got {variance!r}.")
     if not isinstance(batch_rows, int) or batch_rows < 1:
         raise ValueError(f"`batch_rows` must be an int >= 1, got {batch_rows!r}.")
-    levels = data_spec if data_spec is not None and data_spec.levels is not None else None
-    if levels is not None:
-        codec = Affine.fit(levels) if codec is None else codec
-        if not isinstance(codec, Affine):
-            raise ValueError(f"Integers have bins in states of the affine codec, not of {codec.name!r}: dequantize.")
-        _check_middles(levels, codec, x)
+    bins = None
+    if data_spec is not None and data_spec.levels is not None:
+        bins = Bins.of(data_spec, Affine.fit(data_spec) if codec is None else codec)
+        bins.check_middles(x)
     last = rev.law.levels[-1] if isinstance(rev.law, Chain) else None
     if last is not None and last.alpha == 0.0 and isinstance(rev.parameterization, NoisePrediction | ScorePrediction):
         raise ValueError("At alpha = 0 the noise says nothing about the data: use a data, v, flow or edm model.")
     check_positive("sigma_data", sigma_data)
     share = sigma_data if control_variate and isinstance(variance, str) else 0.0
     rev = rev.given(**condition) if condition else rev
-    run = Run(rev, x.detach(), as_draw(rng, x.detach()), levels, codec, share, batch_rows)
+    run = Run(rev, x.detach(), as_draw(rng, x.detach()), bins, share, batch_rows)
     with torch.no_grad():
         if isinstance(rev.law, Chain):
             return bound_of_chain(run, rev.law, times, draws, variance)
         assert isinstance(rev.law, SDE) and times is not None
         return bound_of_sde(run, rev.law, times, draws)
-
-
-def _check_middles(spec: DataSpec, codec: Affine, x: Tensor) -> None:
-    """Raise unless x are the middles of bins."""
-    k = codec.decode(x.double()) - 0.5
-    assert spec.levels is not None
-    if bool(((k - k.round()).abs() > 0.02).any()) or bool((k.round() < 0).any() | (k.round() >= spec.levels).any()):
-        raise ValueError(
-            f"With {spec.levels} levels `x` must be the middles of the bins, model.encode(data): these are other "
-            "values (dequantized, or scaled otherwise?)."
-        )

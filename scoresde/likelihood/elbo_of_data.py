@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.likelihood.dequantization import AUTO, bin_scale
-from scoresde.likelihood.doors import check_codec, check_density, check_labels, check_options
+from scoresde.data.conditions import mapped
+from scoresde.data.spec import DataSpec
+from scoresde.likelihood.bins import noise_in_bins
+from scoresde.likelihood.bound import Bound
+from scoresde.likelihood.dequantization import AUTO
+from scoresde.likelihood.doors import check_condition, check_density, check_options, check_volume
 from scoresde.likelihood.elbo import elbo
 from scoresde.models.score_model import ScoreModel
 from sde_lib import Chain
 from sde_lib._checks import check_count
+from sde_lib.reverse import select_rows
 from solvers import PerSample
 
 
@@ -66,7 +72,7 @@ def elbo_of_data(
     model: ScoreModel,
     data: Tensor,
     *,
-    labels: Tensor | None = None,
+    condition: Mapping[str, Any] | None = None,
     dequantization: str = "auto",
     batch_size: int = 256,
     seed: int = 0,
@@ -78,67 +84,74 @@ def elbo_of_data(
     Args:
         model: a score model on an SDE or a chain, with a data specification.
         data: (N, *D) in data units, checked. All are scored, in batches.
-        labels: class labels (N,) for a conditional model.
+        condition: what the samples are conditioned on, by name, N rows at every depth.
         dequantization: of integers: "none" bounds -log P with the discrete decoder, from the middles of the bins;
             "uniform" bounds the density at k + u, u uniform, whose average bounds -log P too; "auto": the former
-            where the noise at t_min is at least a quarter of a bin wide. A model that was trained on dequantized data
-            has spread its mass over the bins, and narrow noise about their middles leaves out most of it.
+            where the noise at t_min is at least a quarter of a bin wide, for every element. A model that was trained on
+            dequantized data has spread its mass over the bins, and narrow noise about their middles leaves out most of
+            it.
         batch_size: samples per batch; results do not depend on it.
         seed: noise; sample i draws from the stream of seed and i alone.
         progress: progress bar; on a terminal by default.
         **options: of `elbo` (times, draws, variance).
 
     Raises:
-        TypeError: for what is no score model, an option that there is not, labels or data that are no tensor.
-        ValueError: for data that do not fit the specification, or a model without one or of no density.
+        TypeError: for what is no score model, an option that there is not, data that are no tensor, or a condition of
+            another type.
+        ValueError: for data or conditions that do not fit the specification, a model without one or of no density, or a
+            codec that is no bijection (that mixes the elements, for the discrete decoder).
     """
     if not isinstance(model, ScoreModel):
         raise TypeError(f"elbo_of_data needs a ScoreModel, got {type(model).__name__} (see elbo).")
     check_density("elbo_of_data", model.reverse())
     check_options("elbo_of_data", elbo, options, ("rev", "x", "data_spec", "codec", "rng", "condition"))
     check_count("batch_size", batch_size)
-    spec = model.data_spec
-    if spec is None:
-        raise ValueError("elbo_of_data needs a model with a data_spec: shape, scaling and levels of the data.")
+    spec, codec, law = model.data_spec, model.codec, model.law
+    if spec is None or codec is None:
+        raise ValueError("elbo_of_data needs a model with a data_spec: shape and levels of the data.")
     if len(data) == 0:
         raise ValueError("`data` is empty.")
-    codec = check_codec(model)
     spec.check(data)
-    check_labels(spec, labels, len(data))
+    condition, volume = check_condition(model, condition, len(data)), check_volume("elbo_of_data", codec)
     if dequantization not in ("auto", "none", "uniform"):
         raise ValueError(f"`dequantization` must be auto, none or uniform, got {dequantization!r}.")
-    law = model.law
     if dequantization == "auto":
         first = law.levels[0] if isinstance(law, Chain) else law.knot(law.t_min)
-        dequantization = "none" if bin_scale(codec) * math.exp(-float(first.half_log_snr)) >= AUTO else "uniform"
+        dequantization = "none" if noise_in_bins(codec, first) >= AUTO else "uniform"
     discrete = spec.levels is not None and dequantization == "none"
-    rev, bounds = model.reverse(), []
-    with tqdm(
-        total=len(data), desc="elbo", unit="sample", disable=None if progress is None else not progress, file=sys.stderr
-    ) as bar:
+    given = {"sigma_data": model.sigma_data, **options}
+    if discrete:
+        given |= {"data_spec": spec, "codec": codec}
+    bounds, disable = [], None if progress is None else not progress
+    with tqdm(total=len(data), desc="elbo", unit="sample", disable=disable, file=sys.stderr) as bar:
         for low in range(0, len(data), batch_size):
-            part = slice(low, low + batch_size)
-            batch = data[part].to(model.device)
-            rng = PerSample([seed * 2**32 + low + i for i in range(len(batch))])
-            u = None
-            if spec.levels is not None and not discrete:
-                like = torch.empty(batch.shape, dtype=torch.float64, device=batch.device)
-                u = torch.special.ndtr(rng.bind(like).normal("dequant"))
-            x = model.encode(batch, u, dtype=torch.float64).to(model.dtype)
-            condition = {} if labels is None else {"class_label": labels[part].to(model.device)}
-            given = {"sigma_data": model.sigma_data, **options}
-            bounds.append(
-                elbo(rev, x, data_spec=spec if discrete else None, codec=codec, rng=rng, condition=condition, **given)
-            )
+            rows = torch.arange(low, min(low + batch_size, len(data)))
+            part = mapped(lambda value: value.to(model.device), select_rows(condition, rows))
+            rng = PerSample([seed * 2**32 + i for i in rows.tolist()])
+            x = _states(model, spec, data[rows].to(model.device), rng, discrete)
+            bounds.append(elbo(model.reverse(), x, rng=rng, condition=part, **given))
             bar.update(len(x))
-    bits = spec.dims * math.log(2.0)
-    jacobian = 0.0 if discrete else -(codec.log_volume or 0.0)
+    dequantized = "" if discrete or spec.levels is None else f", {spec.levels} levels dequantized uniformly"
+    return _in_bits(bounds, spec.dims, 0.0 if discrete else -volume, dequantized)
+
+
+def _states(model: ScoreModel, spec: DataSpec, batch: Tensor, rng: PerSample, discrete: bool) -> Tensor:
+    """What is bounded of a batch of data: the middles of the bins of integers, or uniform numbers in them."""
+    u = None
+    if spec.levels is not None and not discrete:
+        like = torch.empty(batch.shape, dtype=torch.float64, device=batch.device)
+        u = torch.special.ndtr(rng.bind(like).normal("dequant"))
+    return model.encode(batch, u, dtype=torch.float64).to(model.dtype)
+
+
+def _in_bits(bounds: Sequence[Bound], dims: int, jacobian: float, dequantized: str) -> DataBound:
+    """Of the bounds of all batches, in nats, that of the data, of so many dimensions: plus -log |det dx / dz|."""
+    bits = dims * math.log(2.0)
     column = {
         name: torch.cat([getattr(bound, name) for bound in bounds]) / bits
         for name in ("nats", "standard_error", "reconstruction", "diffusion", "prior")
     }
     figures = column["nats"] + jacobian / bits
-    dequantized = "" if discrete or spec.levels is None else f", {spec.levels} levels dequantized uniformly"
     return DataBound(
         mean=float(figures.mean()),
         standard_error=float(figures.std() / math.sqrt(len(figures))) if len(figures) > 1 else math.nan,

@@ -127,15 +127,31 @@ def _line(index: int, row: Sequence[float]) -> str:
     return f"{index},{','.join(repr(float(v)) for v in row)}"
 
 
-def fingerprint(model: ScoreModel, data: Tensor, labels: Tensor | None) -> dict[str, str]:
-    """What tells models and data apart: hashes of all weights and of all samples."""
-    weights = hashlib.sha256(repr((model.law, model.parameterization, model.data_spec)).encode())
+def fingerprint(model: ScoreModel, data: Tensor, condition: Mapping[str, Any]) -> dict[str, str]:
+    """What tells models, data and conditions apart: hashes of all weights, with the codec's, of all samples, and of all
+    they are conditioned on."""
+    codec = None if model.codec is None else (model.codec.name, model.codec.config())
+    weights = hashlib.sha256(repr((model.law, model.parameterization, model.data_spec, codec)).encode())
     for name, value in sorted(model.state_dict().items()):
         weights.update(name.encode() + _bytes(value))
     samples = hashlib.sha256(_bytes(data))
-    if labels is not None:
-        samples.update(_bytes(labels))
-    return {"model": weights.hexdigest()[:16], "data": samples.hexdigest()[:16]}
+    given = hashlib.sha256()
+    _add(given, condition)
+    found = {"model": weights, "data": samples, "condition": given}
+    return {name: digest.hexdigest()[:16] for name, digest in found.items()}
+
+
+def _add(digest: Any, value: Any) -> None:
+    """A condition to a digest: names, types and shapes tell apart what the bytes alone would not."""
+    if isinstance(value, Mapping):
+        for name in sorted(value):
+            digest.update(f"{name!r}{{".encode())
+            _add(digest, value[name])
+            digest.update(b"}")
+    elif isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + _bytes(value))
+    else:
+        digest.update(repr(value).encode())
 
 
 def _bytes(value: Tensor) -> bytes:

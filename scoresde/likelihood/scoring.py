@@ -13,35 +13,46 @@ import torch
 from torch import Tensor
 
 from scoresde.codecs import Codec
+from scoresde.data.conditions import mapped
 from scoresde.data.spec import DataSpec
 from scoresde.likelihood.dequantization import Dequantization, as_dequantization
 from scoresde.likelihood.log_likelihood import log_likelihood
 from scoresde.likelihood.result import Likelihood
 from scoresde.models.score_model import ScoreModel
 from sde_lib import SDE
+from sde_lib.reverse import select_rows
 from solvers import PerSample, Status
 
 
 @dataclass
 class Job:
-    """What is done with every batch."""
+    """What is done with every batch.
+
+    Attributes:
+        spec, law, codec: the model's.
+        log_volume: log |det dx / dz| of the codec.
+        dequantization, samples, bound, seed: as `bits_per_dim` was asked for.
+        options: of `log_likelihood`.
+    """
 
     spec: DataSpec
     law: SDE
     codec: Codec
+    log_volume: float
     dequantization: str | Dequantization
     samples: int
     bound: str
     seed: int
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def score(self, model: ScoreModel, batch: Tensor, labels: Tensor | None, index: Sequence[int]) -> list[list[float]]:
+    def score(
+        self, model: ScoreModel, batch: Tensor, condition: Mapping[str, Any], index: Sequence[int]
+    ) -> list[list[float]]:
         """A row of figures (`COLUMNS`) per sample."""
         spec, knot, bits = self.spec, self.law.knot(self.law.t_min), self.spec.dims * math.log(2.0)
-        batch = batch.to(model.device)
-        condition = {} if labels is None else {"class_label": labels.to(model.device)}
+        batch, condition = batch.to(model.device), mapped(lambda value: value.to(model.device), condition)
         alpha = float(knot.alpha)
-        jacobian = spec.dims * math.log(alpha) + (self.codec.log_volume or 0.0)
+        jacobian = spec.dims * math.log(alpha) + self.log_volume
         dequantize = as_dequantization(self.dequantization, self.codec, knot)
         drawn: list[Likelihood] = []
         logs: list[Tensor] = []
@@ -87,7 +98,7 @@ def scored(
     model: ScoreModel,
     job: Job,
     data: Tensor,
-    labels: Tensor | None,
+    condition: Mapping[str, Any],
     batches: Sequence[Sequence[int]],
     devices: Sequence[str | torch.device] | None,
 ) -> Iterator[tuple[Sequence[int], list[list[float]]]]:
@@ -95,7 +106,7 @@ def scored(
 
     def run(which: ScoreModel, part: Sequence[int]) -> tuple[Sequence[int], list[list[float]]]:
         at = torch.tensor(part)
-        return part, job.score(which, data[at], None if labels is None else labels[at], part)
+        return part, job.score(which, data[at], select_rows(condition, at), part)
 
     model.eval()
     if devices is None or len(devices) < 2:

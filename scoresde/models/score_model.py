@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,9 @@ class ScoreModel(nn.Module):
     Raises:
         ValueError: for an unknown name, or an index label without a number of levels.
     """
+
+    describes: ClassVar[str] = "density"
+    """What it is a model of, one of `sde_lib.reverse.DESCRIBES`; what its `reverse` says."""
 
     def __init__(
         self,
@@ -351,7 +354,7 @@ class _ModelReverse(ReverseSDE):
 
     def __init__(self, model: ScoreModel, condition: Mapping[str, Any] | None) -> None:
         super().__init__(model.law, model.raw, model.parameterization, condition)
-        self._model = model
+        self._model, self.describes = model, model.describes
 
     def given(self, **condition: Any) -> Self:
         if not torch.compiler.is_compiling():

@@ -51,7 +51,7 @@ def test_uniform_dequantization_of_a_known_law():
     """All 16 levels: the expectation E_u[-log p(k + u)] by quadrature of the known density, within its own noise; above
     the cross entropy bin by bin (Jensen); the whole within 0.15 bits of the entropy."""
     model = model_of(LINE, SPEC)
-    options = {"steps": 64, "doubling": False, "batch_size": 4096}
+    options = {"steps": 32, "doubling": False, "batch_size": 4096}
     result = bits_per_dim(model, torch.arange(16)[:, None], samples=64, dequantization="uniform", **options)
     log_mass, log_p = mass(LINE, SPEC, model.law.knot(model.law.t_min))
     expected = -log_p.mean(1) / math.log(2)
@@ -79,10 +79,10 @@ def test_truncated_normal_dequantization_of_a_known_law(t_min):
     width = float((-log_q).exp().mean())
     assert abs(width - 1) < 0.02 or ratio < 0.15
     assert abs(float(u.mean()) - 0.5) < 4 * float(u.std()) / math.sqrt(200_000)
-    options = {"steps": 64, "doubling": False, "batch_size": 4096}
-    result = bits_per_dim(model, k, samples=200, dequantization="truncated_normal", **options)
+    options = {"steps": 32, "doubling": False, "batch_size": 4096}
+    result = bits_per_dim(model, k, samples=64, dequantization="truncated_normal", **options)
     log_mass, _ = mass(LINE, SPEC, knot)
-    slack = 4.5 * result.trace_se + 0.05  # 200 draws
+    slack = 4.5 * result.trace_se + 0.09  # 64 draws
     assert (result.per_sample > -log_mass / math.log(2) - slack).all()
     if ratio > 0.3:
         assert (result.per_sample < -log_mass / math.log(2) + 1.0).all()
@@ -95,7 +95,7 @@ def test_importance_weighting_is_tighter_and_keeps_its_k():
     k = torch.arange(16)[:, None]
     log_mass, _ = mass(LINE, SPEC, model.law.knot(model.law.t_min))
     exact = -log_mass / math.log(2)
-    options = {"dequantization": "uniform", "samples": 64, "steps": 64, "doubling": False, "batch_size": 4096}
+    options = {"dequantization": "uniform", "samples": 64, "steps": 32, "doubling": False, "batch_size": 4096}
     mean = bits_per_dim(model, k, **options).per_sample
     iw = bits_per_dim(model, k, bound="iw", **options)
     assert (iw.per_sample <= mean + 1e-9).all()
@@ -358,14 +358,14 @@ def test_bad_arguments_are_refused():
         ({"bound": "vlb"}, "elbo, iw"),
         ({"samples": 0}, "samples"),
         ({"batch_size": 0}, "batch_size"),
-        ({"labels": torch.zeros(2)}, "labels"),
+        ({"condition": {"class_label": torch.zeros(2)}}, "a row per sample at every depth, 3"),
         ({"steps": 7}, "multiple of 4"),
     ):
         with pytest.raises(ValueError, match=message):
             bits_per_dim(model, counts, **options)
     for options, message in (
         ({"dequantization": 3}, "dequantization"),
-        ({"labels": [0, 1, 1]}, "`labels` must be a tensor"),
+        ({"condition": [0, 1, 1]}, "must be a mapping"),
         ({"step": 8}, "no option 'step'. Did you mean 'steps'"),
         ({"rng": 0}, "no option 'rng'"),
         ({"seed": "0"}, "`seed` must be an int"),

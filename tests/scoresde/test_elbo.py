@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 from scoresde import SDES, VPSDE, DataSpec, GaussianMixture, ScoreModel, elbo, elbo_of_data, log_likelihood
 from scoresde.codecs import Affine
+from scoresde.likelihood.bins import Bins
 from scoresde.likelihood.bound import Run, Variances
 from scoresde.likelihood.bound_chain import log_decoder, step_kl
 from scoresde.likelihood.bound_sde import log_softmax
@@ -121,6 +122,7 @@ def test_neither_beats_the_ode():
 LINE = GaussianMixture([[-0.4], [0.5]], std=[0.15, 0.1], weights=[0.6, 0.4])
 SPEC = DataSpec((1,), 16)
 CODEC = Affine.fit(SPEC)
+BINS = Bins(16, CODEC)
 
 
 class OfBins(torch.nn.Module):
@@ -165,9 +167,9 @@ def test_decoders_are_laws_of_the_levels():
     chain = VPSDE().discretize(50)
     for state in (-30.0, -0.3, 0.0, 0.9, 4.0):
         y = torch.full_like(middles, state)
-        torch.testing.assert_close(log_softmax(SPEC, CODEC, y, middles, 0.05).exp().sum(), torch.tensor(1.0).double())
+        torch.testing.assert_close(log_softmax(BINS, y, middles, 0.05).exp().sum(), torch.tensor(1.0).double())
         prediction = LINE.reverse(chain)(y, chain.knot(torch.zeros(16, dtype=torch.int64), 2))
-        run = Run(LINE.reverse(chain), middles, None, SPEC, CODEC, 0.0, 16)
+        run = Run(LINE.reverse(chain), middles, None, BINS, 0.0, 16)
         for variance in ("small", "large", lambda v, k: torch.full_like(v, -3.0)):
             got = log_decoder(run, chain, prediction, torch.zeros_like(y), variance)
             assert torch.isfinite(got).all() or state == -30.0
@@ -187,7 +189,7 @@ def test_steps_are_the_kl_of_gaussians():
         c, s = float(chain.posterior_x_0[i]), float(chain.posterior_std[i])
         true = Normal(chain.posterior_x_t[i] * prediction.x + c * x, s)
         mean = chain.posterior_x_t[i] * prediction.x + c * prediction.data
-        run, eps = Run(rev, x, None, None, None, 0.0, 16), torch.full_like(x, 0.3)
+        run, eps = Run(rev, x, None, None, 0.0, 16), torch.full_like(x, 0.3)
         for variance, std in (("small", s), ("large", float(chain.betas[i].sqrt())), (lambda v, k: 0 * v - 4.0, 0.5)):
             want = kl_divergence(true, Normal(mean, std if isinstance(variance, str) else math.exp(-2.0))).sum(1)
             torch.testing.assert_close(step_kl(run, chain, prediction, eps, variance), want)
@@ -374,8 +376,8 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="auto, none or uniform"):
         elbo_of_data(model, torch.zeros(2, 1, dtype=torch.int64), dequantization="normal")
     for options, message in (
-        ({"labels": [0, 1]}, "`labels` must be a tensor"),
-        ({"labels": torch.zeros(3)}, r"`labels` must have shape \(2,\)"),
+        ({"condition": [0, 1]}, "must be a mapping"),
+        ({"condition": {"class_label": torch.zeros(3)}}, "a row per sample at every depth, 2"),
         ({"time": 8}, "Did you mean 'times'"),
         ({"batch_size": 0}, "batch_size"),
     ):
