@@ -168,7 +168,7 @@ class DenoisingScoreMatching(Objective):
         prediction = self.model.predict(state, knot, **condition)
         # the error of the output as it is, without cancellation, times d(quantity) / d(output)
         p, q = prediction.parameterization.coefficients(knot)
-        a, b = self.weighting.quantity(knot, prediction.parameterization)
+        a, b = self.weighting.quantity(prediction.parameterization).coefficients(knot)
         share = (knot.alpha * b - knot.sigma * a) / (knot.alpha * q - knot.sigma * p)
         error = cast(share) * (prediction.raw - (cast(p) * x_0 + cast(q) * noise))
         losses = self.metric(error)

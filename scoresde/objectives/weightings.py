@@ -5,22 +5,32 @@ network predicts: with :math:`F = p x_0 + q \epsilon` the error of F is :math:`(
 that of the noise (see `sde_lib.prediction`). So the error of the data is weighted by w SNR, that of v on a
 variance-preserving law by w SNR / (SNR + 1), with :math:`\mathrm{SNR} = e^{2\lambda} = \alpha^2 / \sigma^2`.
 
-A weighting says it in two parts, so that no digits are lost where alpha or sigma is 0: the `quantity`
-:math:`a x_0 + b \epsilon` whose error is taken, and a `weight` of the distance. A weighting w > 0 of a square error
-changes how much each noise level counts, never the minimiser.
+A weighting says it in two parts, so that no digits are lost where alpha or sigma is 0: the `quantity` whose error is
+taken, a `Parameterization`, and a `weight` of the distance. A weighting w > 0 of a square error changes how much each
+noise level counts, never the minimiser.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from sde_lib import Chain, DataPrediction, EDMPrediction, FlowPrediction, Knot, Parameterization, Table, VPrediction
+from sde_lib import (
+    Chain,
+    DataPrediction,
+    EDMPrediction,
+    FlowPrediction,
+    Knot,
+    NoisePrediction,
+    Parameterization,
+    Table,
+    VPrediction,
+)
 from sde_lib import _math as m
 from sde_lib._checks import check_nonnegative, check_positive
 from sde_lib._constants import Constants
@@ -34,17 +44,17 @@ class Weighting:
     """Whether the weight belongs to an integral over time that must not depend on how times are drawn: losses are then
     always divided by the density of the times."""
 
-    def quantity(self, knot: Knot, parameterization: Parameterization) -> tuple[Real, Real]:
-        """(a, b): the error of a x_0 + b eps is taken."""
-        return 0.0, 1.0
+    def quantity(self, output: Parameterization) -> Parameterization:
+        """What the error is taken of, for a network that predicts `output`."""
+        return NoisePrediction()
 
     def weight(self, knot: Knot) -> Real:
         """Factor of the distance."""
         return 1.0
 
-    def factor(self, knot: Knot, parameterization: Parameterization) -> Real:
+    def factor(self, knot: Knot, output: Parameterization) -> Real:
         """w: what both parts come to as a factor of the squared error of the noise."""
-        a, b = self.quantity(knot, parameterization)
+        a, b = self.quantity(output).coefficients(knot)
         error = b - a * knot.sigma / knot.alpha
         return self.weight(knot) * error * error
 
@@ -65,16 +75,16 @@ class UniformWeighting(Weighting):
 class RawWeighting(Weighting):
     """Square error of the network's own output, whatever it predicts."""
 
-    def quantity(self, knot: Knot, parameterization: Parameterization) -> tuple[Real, Real]:
-        return parameterization.coefficients(knot)
+    def quantity(self, output: Parameterization) -> Parameterization:
+        return output
 
 
 @dataclass(frozen=True)
 class DataWeighting(Weighting):
     """w = 1 / SNR: square error of the data."""
 
-    def quantity(self, knot: Knot, parameterization: Parameterization) -> tuple[Real, Real]:
-        return DataPrediction().coefficients(knot)
+    def quantity(self, output: Parameterization) -> Parameterization:
+        return DataPrediction()
 
 
 @dataclass(frozen=True)
@@ -84,8 +94,8 @@ class VWeighting(Weighting):
     "SNR + 1" of Salimans & Ho 2022, arXiv:2202.00512, section 4.
     """
 
-    def quantity(self, knot: Knot, parameterization: Parameterization) -> tuple[Real, Real]:
-        return VPrediction().coefficients(knot)
+    def quantity(self, output: Parameterization) -> Parameterization:
+        return VPrediction()
 
 
 @dataclass(frozen=True)
@@ -95,8 +105,8 @@ class FlowWeighting(Weighting):
     Source: Lipman et al. 2023, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003.
     """
 
-    def quantity(self, knot: Knot, parameterization: Parameterization) -> tuple[Real, Real]:
-        return FlowPrediction().coefficients(knot)
+    def quantity(self, output: Parameterization) -> Parameterization:
+        return FlowPrediction()
 
 
 @dataclass(frozen=True)
@@ -117,8 +127,8 @@ class EDMWeighting(Weighting):
         if self.sigma_data is not None:
             check_positive("sigma_data", self.sigma_data)
 
-    def quantity(self, knot: Knot, parameterization: Parameterization) -> tuple[Real, Real]:
-        return EDMPrediction(0.5 if self.sigma_data is None else self.sigma_data).coefficients(knot)
+    def quantity(self, output: Parameterization) -> Parameterization:
+        return EDMPrediction(0.5 if self.sigma_data is None else self.sigma_data)
 
     def on(self, model: Any) -> Weighting:
         return EDMWeighting(model.sigma_data) if self.sigma_data is None else self
@@ -217,7 +227,7 @@ class LikelihoodWeighting(Weighting):
             raise ValueError("The likelihood weighting needs a chain of at least 2 levels.")
         std = torch.cat([law.posterior_std[1:2], law.posterior_std[1:]])
         share = torch.cat([torch.ones_like(std[:1]), law.posterior_x_0[1:]])
-        return _PerLevel((law.n * (share / std).square()).tolist(), DataPrediction().coefficients)
+        return _PerLevel((law.n * (share / std).square()).tolist(), DataPrediction())
 
 
 @dataclass(frozen=True)
@@ -255,7 +265,8 @@ class SigmoidWeighting(Weighting):
         # the trapezoid rule: half the range of lambda between the neighbours; twice, as g^2 / sigma^2 is
         widths = [a - b for a, b in zip([lams[0], *lams[:-1]], [*lams[1:], lams[-1]], strict=True)]
         shares = (float(self._share(level)) for level in law.levels)
-        return _PerLevel(law.n * width * share for width, share in zip(widths, shares, strict=True))
+        weights = (law.n * width * share for width, share in zip(widths, shares, strict=True))
+        return _PerLevel(weights, NoisePrediction())
 
 
 class _PerLevel(Weighting):
@@ -263,11 +274,11 @@ class _PerLevel(Weighting):
 
     integral: ClassVar[bool] = True
 
-    def __init__(self, weights: Iterable[float], quantity: Callable[[Knot], tuple[Real, Real]] | None = None) -> None:
+    def __init__(self, weights: Iterable[float], quantity: Parameterization) -> None:
         self._table, self._quantity = Constants(weights), quantity
 
-    def quantity(self, knot: Knot, parameterization: Parameterization) -> tuple[Real, Real]:
-        return (0.0, 1.0) if self._quantity is None else self._quantity(knot)
+    def quantity(self, output: Parameterization) -> Parameterization:
+        return self._quantity
 
     def weight(self, knot: Knot) -> Real:
         index = knot.index

@@ -389,6 +389,7 @@ def test_discrete_losses_of_the_reference(golden, net, kind, mean):
     arrays, model = recorded(golden, net, chain, parameterization, 1.0)
     x_0, draw, noise = (torch.from_numpy(arrays[k]) for k in ("x0", "draw", "z"))
     index = draw if kind == "ddpm" else 999 - draw  # their SMLD table runs downward
-    loss = float(DenoisingScoreMatching(model, metric="mean" if mean else "half_sum").at_times(x_0, index, noise).mean())
+    objective = DenoisingScoreMatching(model, metric="mean" if mean else "half_sum")
+    loss = float(objective.at_times(x_0, index, noise).mean())
     expected = float(arrays[f"{kind}_rm{mean}"])
     assert abs(loss - expected) < 2e-4 * abs(expected)
