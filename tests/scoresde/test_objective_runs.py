@@ -47,12 +47,13 @@ def run(workdir, objective, callback=None, **changes):
 def built(name):
     """An entry of the table with its defaults, on a model in float64."""
     torch.manual_seed(0)
-    options = {"shape": [2], "num_classes": 2, "width": 16, "depth": 1}
+    spec = points().spec.to_dict()
+    options = {"shape": [2], "conditions": spec["conditions"], "width": 16, "depth": 1}
     model = ScoreModel.from_config(
         {
             "network": {"name": "mlp", "mlp": options},
             "sde": {"name": "vp"},
-            "data_spec": points().spec.to_dict(),
+            "data_spec": spec,
             "codec": {"name": "affine", "affine": {"data_shape": [2], "shift": 0.5, "scale": 2.0}},
         }
     )
