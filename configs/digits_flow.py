@@ -14,7 +14,7 @@ def get_config():
     c.model.noise_level = "half_log_snr"
     c.model.sigma_data = 0.8
     c.training.steps = 3000
-    c.training.weighting = "likelihood"
-    c.training.times = "importance"
+    c.objective.denoising.weighting.name = "likelihood"
+    c.objective.denoising.times.name = "importance"
     c.training.decay = "cosine"
     return c

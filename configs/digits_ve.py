@@ -12,6 +12,6 @@ def get_config():
     c.model.parameterization = "edm"
     c.model.sigma_data = 0.8
     c.training.steps = 3000
-    c.training.weighting = "raw"
+    c.objective.denoising.weighting.name = "raw"
     c.training.decay = "cosine"
     return c

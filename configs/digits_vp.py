@@ -14,8 +14,8 @@ def get_config():
     c.training.max_seconds = 150.0
     c.training.batch_size = 64
     # the likelihood's own weighting, with times drawn so that its weights are constant
-    c.training.weighting = "likelihood"
-    c.training.times = "importance"
+    c.objective.denoising.weighting.name = "likelihood"
+    c.objective.denoising.times.name = "importance"
     c.training.learning_rate = 3e-3
     c.training.beta2 = 0.99
     c.training.warmup = 200

@@ -20,11 +20,10 @@ def get_config():
     c.model.parameterization = "edm"
     c.model.noise_level = "quarter_log_sigma"
     c.model.input_scaling = "unit"
+    c.objective.name = "edm"
     t = c.training
     t.batch_size = 512
     t.steps = 390_625
-    t.weighting = "raw"
-    t.times = "lognormal"
     t.learning_rate = 1e-3
     t.warmup = 19_531
     t.ema_decay = 0.99929

@@ -10,7 +10,7 @@ def get_config():
     c.sde.ve.sigma_max = 100.0  # 50
     c.model.noise_level = "log_half_sigma"
     c.training.ema_decay = 0.999
-    c.training.reduce = "half_sum"
+    c.objective.denoising.metric.name = "half_sum"
     c.sampling.solver.name = "predictor_corrector"
     c.sampling.solver.predictor_corrector.corrector = "langevin"
     return c

@@ -14,6 +14,7 @@ from scoresde.config.doors import (
     make_exact,
     make_law,
     make_model,
+    make_objective,
     model_config,
 )
 from scoresde.config.errors import ConfigError
@@ -43,6 +44,7 @@ __all__ = [
     "make_grid",
     "make_law",
     "make_model",
+    "make_objective",
     "make_sampling",
     "make_solver",
     "model_config",

@@ -31,14 +31,12 @@ def defaults() -> ml_collections.ConfigDict:
     c.codec = at["codec"].section()
     c.data.shape = config_dict.placeholder(tuple)  # (C, H, W) that an experiment is for; other data are refused
 
+    c.objective = at["objective"].section()
+
     c.training = t = ml_collections.ConfigDict()
     t.batch_size = 128  # samples per optimizer step, over all devices and accumulated parts
     t.steps = 10_000
     t.max_seconds = 0.0  # wall-time budget instead of `steps`, not bitwise reproducible; 0: none
-    t.weighting = "uniform"
-    t.times = "uniform"
-    t.log_sigma_mean, t.log_sigma_std = -1.2, 1.2  # of times="lognormal"
-    t.reduce = "mean"
     t.flip = False  # mirror half of the images
     # fraction of samples trained without their conditions, for guidance and unconditional use: "0.2" for all,
     # "class_label:0.1,text:0.3" for some; "": what the data say of each

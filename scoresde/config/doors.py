@@ -13,12 +13,13 @@ from scoresde.storage.files import one_line
 from sde_lib._checks import section_key
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from scoresde.codecs import Codec
     from scoresde.data import Dataset
     from scoresde.data.spec import DataSpec
     from scoresde.models.score_model import ScoreModel
+    from scoresde.objectives import Objective
     from sde_lib import Law, ReverseSDE
 
 
@@ -135,6 +136,14 @@ def make_model(config: ml_collections.ConfigDict, spec: DataSpec, data: Tensor |
         return model
     except (TypeError, ValueError) as error:
         raise ConfigError(one_line(error)) from error
+
+
+def make_objective(config: ml_collections.ConfigDict, model: nn.Module) -> Objective:
+    """The objective of the section `objective`, for a model."""
+    from scoresde.objectives import OBJECTIVES
+
+    made: Objective = build(OBJECTIVES, config.objective, "objective", model=model)
+    return made
 
 
 def lookup_entry(table: Mapping[str, Any], name: str, what: str) -> Any:

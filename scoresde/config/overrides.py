@@ -29,10 +29,7 @@ def override(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> ml_
         if field is None:
             raise ConfigError(f"Unknown argument {argument!r}; overrides look like --config.training.batch_size=64.")
         fields.append((field, argument))
-    named = [(field, argument.partition("=")[2]) for field, argument in fields if field.endswith(".name")]
-    for field, _ in named:
-        check_field(config, field)
-    name_entries(config, named)
+    name_entries(config, [(field, argument.partition("=")[2]) for field, argument in fields if field.endswith(".name")])
     for field, _ in fields:
         check_field(config, field)
     if not overrides:

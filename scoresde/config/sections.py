@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import ml_collections
@@ -53,7 +54,7 @@ class Place:
     def options(self, cls: Any) -> ml_collections.ConfigDict:
         """The options of one class with their defaults."""
         found, tables = ml_collections.ConfigDict(), getattr(cls, "tables", {})
-        for option in inspect.signature(getattr(cls, self.via) if self.via else cls).parameters.values():
+        for option in self.parameters(cls).values():
             if option.name in self.given or option.kind in (option.VAR_POSITIONAL, option.VAR_KEYWORD):
                 continue
             if option.name == "name" and tables:
@@ -70,10 +71,13 @@ class Place:
             # an object as default has no place in a file: such an option is for code only
         return found
 
+    def parameters(self, cls: Any) -> Mapping[str, inspect.Parameter]:
+        """What builds a class takes."""
+        return _parameters(getattr(cls, self.via) if self.via else cls)
+
     def inner(self, cls: Any, option: str) -> Place:
         """The place of an option that is a section itself."""
-        table, function = cls.tables[option], getattr(cls, self.via) if self.via else cls
-        default = inspect.signature(function).parameters[option].default
+        table, default = cls.tables[option], self.parameters(cls)[option].default
         if not isinstance(default, str):  # an object that stands for its class, or none
             default = next((name for name, entry in table.items() if type(default) is entry), "")
         return Place(table, f"{self.what}.{option}", default)
@@ -84,6 +88,11 @@ class Place:
             return lookup(self.table, name, self.what)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+
+@lru_cache(maxsize=1000)
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
 
 
 def kind_of(annotation: Any) -> type:
@@ -101,6 +110,7 @@ def places() -> dict[str, Place]:
     from scoresde.codecs import CODECS
     from scoresde.data import DATASETS
     from scoresde.networks import NETWORKS
+    from scoresde.objectives import OBJECTIVES
     from sde_lib import SDES
     from solvers import GRIDS, SOLVERS
 
@@ -109,6 +119,7 @@ def places() -> dict[str, Place]:
         "network": Place(NETWORKS, "network", "unet", frozenset({"shape", "conditions"})),
         "data": Place(DATASETS, "data set", "digits"),
         "codec": Place(CODECS, "codec", "affine", frozenset({"spec", "data"}), via="fit"),
+        "objective": Place(OBJECTIVES, "objective", "denoising", frozenset({"model"})),
         "sampling.solver": Place(SOLVERS, "solver", "heun"),
         "sampling.grid": Place(GRIDS, "grid", "blended"),  # the default everywhere; a chain has its own levels
     }
@@ -148,14 +159,20 @@ def opened(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def name_entries(config: ml_collections.ConfigDict, names: Iterable[tuple[str, Any]]) -> None:
-    """Set names of entries by their fields, ("network.name", "mlp"): they say which fields there are."""
+    """Set names of entries by their fields, ("network.name", "mlp"): they say which fields there are.
+
+    Raises:
+        ConfigError: for a field that does not exist, and see `own`.
+    """
     for field, name in sorted(names, key=lambda named: named[0].count(".")):  # outer sections first
+        check_field(config, field)
         section: Any = config
         for part in field.split(".")[:-1]:
-            section = section.get(part) if isinstance(section, ml_collections.ConfigDict) else None
-        if isinstance(section, ml_collections.ConfigDict) and "name" in section.keys() and isinstance(name, str):
+            section = section[part]
+        if isinstance(name, str):
             section["name"] = name
-            opened(config)
+            if ":" in name:
+                opened(config)
 
 
 def use(config: ml_collections.ConfigDict, path: str, entry: str | type, **options: Any) -> None:
@@ -171,7 +188,6 @@ def use(config: ml_collections.ConfigDict, path: str, entry: str | type, **optio
         ConfigError: for an unknown section, name or option, or a value of the wrong type.
     """
     name = entry if isinstance(entry, str) else f"{entry.__module__}:{entry.__qualname__}"
-    check_field(config, f"{path}.name")
     name_entries(config, [(f"{path}.name", name)])
     for option, value in options.items():
         field = f"{path}.{section_key(name)}.{option}"

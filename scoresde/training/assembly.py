@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from ml_collections import ConfigDict
-from torch import Tensor, nn
+from torch import nn
 
 from scoresde import config as configs
 from scoresde.config import ConfigError
 from scoresde.data import Dataset, Split
-from scoresde.data.batch import Batch
-from scoresde.losses import chain_loss, continuous_loss
 from scoresde.objectives import At, Objective
 from scoresde.storage.files import one_line
 from scoresde.streams import Streams
@@ -26,7 +24,6 @@ from scoresde.training.optimizers import phase_options
 from scoresde.training.phases import Phase
 from scoresde.training.settings import PRECISIONS
 from scoresde.training.state import State
-from sde_lib import Chain
 from solvers.counter import hashed
 
 
@@ -88,11 +85,12 @@ def assembled(config: ConfigDict, model: nn.Module | None, objective: Objective 
     accelerator = _accelerator(t)
     device, world = accelerator.device, accelerator.num_processes
     data = configs.make_data(config) if data is None else data
-    if config.sampling.guidance != 1.0 and not data.spec.num_classes:
-        raise ConfigError(f"sampling.guidance={config.sampling.guidance} needs data with classes; 1 is none.")
+    if config.sampling.guidance != 1.0 and not data.spec.conditions:
+        raise ConfigError(f"sampling.guidance={config.sampling.guidance} needs data with conditions; 1 is none.")
     torch.manual_seed(hashed(config.seed) >> 1)
     if objective is None:
-        objective = _objective(config, data, model)
+        made = configs.make_model(config, data.spec, data.train.data) if model is None else model
+        objective = configs.make_objective(config, made)
     elif model is not None:
         raise ConfigError("Give a model or an objective, which has its model already, not both.")
     objective.ema_decay = t.ema_decay
@@ -214,42 +212,3 @@ def _accelerator(section: ConfigDict) -> Any:
         return Accelerator(mixed_precision=PRECISIONS[section.precision], cpu=section.cpu)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"training.precision={section.precision!r} does not work here: {error}") from error
-
-
-def _objective(config: ConfigDict, data: Dataset, model: nn.Module | None) -> Objective:
-    """The objective of a configuration."""
-    model = configs.make_model(config, data.spec, data.train.data) if model is None else model
-    try:
-        return _Denoising(model, config.training)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(one_line(error)) from error
-
-
-class _Denoising(Objective):
-    """Denoising score matching as the section `training` says."""
-
-    def __init__(self, model: Any, t: ConfigDict) -> None:
-        super().__init__()
-        self.model, self.t = model, t
-
-    def forward(self, phase: str, batch: Batch, at: At) -> Tensor:
-        model, t, spec, streams = self.model, self.t, self.model.data_spec, at.streams
-        u = streams.uniform("dequantization", spec.shape) if spec.levels else None
-        x_0 = model.encode(batch.data, u)
-        given: dict[str, Any] = {"noise": streams.normal("noise", x_0.shape[1:]), "condition": batch.condition}
-        u, law = streams.lattice("times"), model.law
-        if isinstance(law, Chain):
-            index = (u * law.n).long().clamp(max=law.n - 1)
-            return chain_loss(model, x_0, weighting=t.weighting, reduce=t.reduce, index=index, **given).per_sample
-        plain = t.times != "importance" and t.weighting != "likelihood"
-        last = law.t_max if plain else law.drift_t_max
-        first_lam, last_lam = (float(law.knot(end).half_log_snr) for end in (law.t_min, last))
-        if t.times == "importance":
-            u = law.time_at(first_lam + (last_lam - first_lam) * u).clamp(law.t_min, last)
-        elif t.times == "lognormal":
-            lam = -(t.log_sigma_mean + t.log_sigma_std * torch.special.ndtri(u.clamp(1e-9, 1.0 - 1e-9)))
-            u = law.time_at(lam.clamp(last_lam, first_lam)).clamp(law.t_min, last)
-        else:
-            u = law.t_min + (last - law.t_min) * u
-        options = {"weighting": t.weighting, "times": t.times, "reduce": t.reduce, "t": u, **given}
-        return continuous_loss(model, x_0, **options).per_sample

@@ -42,8 +42,6 @@ def check(config: ConfigDict) -> None:
         raise ConfigError(f"training.ema_decay must be in [0, 1), got {t.ema_decay}.")
     if t.max_seconds < 0.0:
         raise ConfigError(f"training.max_seconds must be > 0, or 0 for no budget, got {t.max_seconds}.")
-    if config.sde.chain is not None and t.times != "uniform":
-        raise ConfigError(f"training.times={t.times!r} needs continuous time; levels of a chain are uniform.")
     configs.lookup_entry(PRECISIONS, t.precision, "training.precision")
     check_sampling(config, configs.make_law(config))
 

@@ -8,6 +8,9 @@ from scoresde import config as configs
 from scoresde.config import ConfigError
 from scoresde.data import DATASETS
 from scoresde.networks import NETWORKS
+from scoresde.objectives import EDM, OBJECTIVES
+from scoresde.objectives.times import LogNormalTimes
+from scoresde.objectives.weightings import MinSNRWeighting
 from sde_lib import SDES, VESDE, VPSDE, Chain
 from solvers import GRIDS, SOLVERS, Heun, Karras
 
@@ -15,6 +18,7 @@ SECTIONS = [
     (lambda c: c.sde, SDES),
     (lambda c: c.network, NETWORKS),
     (lambda c: c.data, DATASETS),
+    (lambda c: c.objective, OBJECTIVES),
     (lambda c: c.sampling.solver, SOLVERS),
     (lambda c: c.sampling.grid, GRIDS),
 ]
@@ -26,7 +30,7 @@ def test_every_table_entry_has_its_options_and_builds_from_them():
         section = section_of(config)
         assert set(table) < set(section.keys())
         for name in table:
-            if table in (NETWORKS,) or name == "tabulated":
+            if table in (NETWORKS, OBJECTIVES) or name == "tabulated":
                 continue
             section.name = name
             assert configs.build(table, section, "entry") == table[name]()
@@ -91,6 +95,9 @@ ERRORS = [
     ("--config.learning_rat=3", r"Did you mean config\.training\.learning_rate"),
     ("--config.training.steps=x", "invalid literal"),
     ("--config.training.steps=1.5", "invalid literal"),
+    ("--config.objective.denoising.times.lognormal.men=0", "Did you mean 'mean'"),
+    ("--config.objective.denoising.time.name=lognormal", "Did you mean 'times'"),
+    ("--config.objective.denoising.times=lognormal", "is a section"),
     ("--config.sde=ve", "is a section"),
     ("--config.seed.x=3", "is a value"),
     ("--confg.seed=3", "Unknown argument"),
@@ -104,6 +111,31 @@ def test_bad_overrides_are_one_line_with_a_suggestion(override, message):
     with pytest.raises(ConfigError, match=message) as caught:
         configs.override(configs.defaults(), [override])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_the_objective_and_its_sections_reach_the_constructors():
+    """Names and options two levels deep; the chosen ones alone are stored, and read again."""
+    c = configs.override(
+        configs.load("toy_ring"),
+        [
+            "--config.objective.name=edm",
+            "--config.objective.edm.times.lognormal.mean=-0.4",
+            "--config.objective.edm.weighting.name=min_snr",
+            "--config.objective.edm.weighting.min_snr.gamma=3",
+            "--config.objective.edm.uncertainty=True",
+            "--config.objective.denoising.metric.name=l1",
+        ],
+    )
+    spec = configs.make_data(c).spec
+    found = configs.make_objective(c, configs.make_model(c, spec))
+    assert type(found) is EDM and found.times == LogNormalTimes(mean=-0.4) and found.uncertainty is not None
+    assert isinstance(found.weighting, MinSNRWeighting) and found.weighting.gamma == 3.0
+    stored = configs.to_dict(c)["objective"]
+    assert set(stored) == {"name", "edm"} and set(stored["edm"]["weighting"]) == {"name", "min_snr"}
+    back = configs.from_dict(configs.to_dict(c))
+    assert configs.differences(c, back) == [] and configs.to_dict(back) == configs.to_dict(c)
+    other = configs.override(back, ["--config.objective.edm.weighting.min_snr.gamma=4"])
+    assert configs.differences(c, other) == ["objective.edm.weighting.min_snr.gamma"]
 
 
 def test_booleans_floats_and_infinities():

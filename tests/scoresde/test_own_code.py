@@ -20,6 +20,8 @@ from torch import nn
 
 from scoresde.codecs import Codec
 from scoresde.data import Dataset, DataSpec, Source, Split, classes
+from scoresde.objectives import TIMES, Objective
+from scoresde.objectives.clocks import Times
 
 
 class OwnNet(nn.Module):
@@ -50,6 +52,42 @@ class Halves(Codec):
 
     def config(self):
         return {"data_shape": list(self.data_shape), "factor": self.factor}
+
+
+class Wide(Times):
+    def __init__(self, power: float = 1.0):
+        self.power = power
+
+    def clock(self, knot):
+        return knot.t ** self.power
+
+    def rate(self, knot):
+        return self.power * knot.t ** (self.power - 1.0)
+
+    def time_at(self, law, clock):
+        return clock ** (1.0 / self.power)
+
+
+class Robust(Objective):
+    """A generator of points on a circle, no score at all: two parts, two phases."""
+
+    tables = {"times": TIMES}
+    phases = {"radius": ("radius",), "train": ("model",)}
+
+    def __init__(self, model, times="uniform", weight: float = 1.0):
+        super().__init__()
+        self.model, self.times, self.weight = model, times, weight
+        self.radius = nn.Linear(1, 1)
+
+    def forward(self, phase, batch, at):
+        if phase == "radius":
+            size = batch.data.norm(dim=1, keepdim=True)
+            return (self.radius(torch.ones_like(size)) - size).square().mean(1)
+        u = at.streams.uniform("times", dtype=torch.float64)
+        knot = self.model.law.knot(self.times.on(self.model.law).draw(u), ndim=2)
+        noise = at.streams.normal("noise", batch.data.shape[1:])
+        x = knot.alpha.float() * batch.data + knot.sigma.float() * noise
+        return self.weight * (self.model.predict(x, knot, **batch.condition).noise - noise).abs().mean(1)
 
 
 class Line(Source):
@@ -119,6 +157,22 @@ def test_own_data_and_an_own_codec_train_and_are_read_again(module, tmp_path, ca
     capsys.readouterr()
     sys.modules.pop(module)
     assert main(call) == 2 and f"--import {module}" in capsys.readouterr().err
+
+
+def test_an_own_objective_of_two_phases_with_own_times_trains_and_goes_on(module, tmp_path, capsys):
+    call = ["train", "--config=toy_ring", "--workdir=run", *TINY, f"--config.objective.name={module}:Robust"]
+    call += [f"--config.objective.Robust.times.name={module}:Wide", "--config.objective.Robust.weight=0.5"]
+    call += ["--config.objective.Robust.times.Wide.power=2"]
+    assert main([*call, "--import", module]) == 0
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["objective"]
+    times = {"name": f"{module}:Wide", "Wide": {"power": 2.0}}
+    assert stored == {"name": f"{module}:Robust", "Robust": {"times": times, "weight": 0.5}}
+    again = ["train", "--config=run/config.json", "--workdir=run"]
+    sys.modules.pop(module)
+    capsys.readouterr()
+    assert main(again) == 2 and f"--import {module}" in capsys.readouterr().err
+    assert main([*again, "--import", module]) == 0 and "2 steps" in capsys.readouterr().out
+    assert type(load_model(tmp_path / "run")).__name__ == "ScoreModel"  # what was trained needs no module of one's own
 
 
 def test_own_classes_in_a_configuration_file_and_by_use(module, tmp_path):

@@ -71,11 +71,11 @@ DIGITS = [
 VARIANTS = {
     "toy": [],
     "digits": DIGITS,
-    "cosine": ["--config.training.decay=cosine", "--config.training.times=importance"],
+    "cosine": ["--config.training.decay=cosine", "--config.objective.denoising.times.name=importance"],
     "chain": ["--config.sde.chain=100", "--config.training.optimizer=adam"],
     "flipped": [*DIGITS, "--config.training.flip=True"],
     "channels_last": [*DIGITS, "--config.training.channels_last=True"],
-    "lognormal": ["--config.training.times=lognormal", "--config.training.weighting=raw"],
+    "lognormal": [f"--config.objective.denoising.{name}" for name in ("times.name=lognormal", "weighting.name=raw")],
     "bf16": ["--config.training.precision=bf16"],
 }
 
@@ -300,8 +300,9 @@ def test_files_of_a_run(tmp_path):
         ("training.decay=cosin", "Did you mean 'cosine'"),
         ("training.precision=fp8", "training.precision"),
         ("training.optimizer=sgdd", "training.optimizer"),
-        ("training.weighting=unifrom", "weighting"),
-        ("training.times=late", "times"),
+        ("objective.name=denoisin", "Did you mean 'denoising'"),
+        ("objective.denoising.weighting.name=unifrom", "Did you mean 'uniform'"),
+        ("objective.denoising.times.name=late", r"Unknown objective\.times 'late'"),
         ("training.learning_rate=0", "learning_rate"),
         ("training.max_seconds=-1", "max_seconds"),
         ("training.condition_dropout=2", "condition_dropout"),
@@ -318,7 +319,7 @@ def test_files_of_a_run(tmp_path):
         ("sampling.nfe=0", "nfe"),
         ("sampling.n=0", r"sampling\.n"),
         ("sampling.guidance=nan", "guidance"),
-        ("sampling.guidance=2", "classes"),
+        ("sampling.guidance=2", "conditions"),
         ("sampling.grid.blended.mix=nan", "mix"),
         ("sampling.solver.heun.s_churn=nan", "s_churn"),
         ("training.eval_samples=0", "eval_samples"),
@@ -337,11 +338,6 @@ def test_bad_settings_fail_before_anything_is_written(tmp_path, override, messag
     with pytest.raises(ConfigError, match=message):
         run(tmp_path / "run", f"--config.{override}")
     assert not (tmp_path / "run").exists()
-
-
-def test_chain_takes_no_importance_times(tmp_path):
-    with pytest.raises(ConfigError, match="continuous time"):
-        run(tmp_path, "--config.sde.chain=100", "--config.training.times=importance")
 
 
 TOGETHER = """
