@@ -329,7 +329,7 @@ def test_bad_arguments_are_named():
             objective.at_times(*arguments)
     with pytest.raises(TypeError, match="level"):
         chain.at_times(x_0, t, noise)
-    with pytest.raises(ValueError, match="0..99"):
+    with pytest.raises(ValueError, match=r"0..99"):
         chain.at_times(x_0, torch.tensor([0, 1, 2, 100]), noise)
 
 
