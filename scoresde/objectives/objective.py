@@ -61,7 +61,8 @@ class Objective(nn.Module):
 
     A subclass assigns its parts as attributes, says in `phases` which of them are trained when, and gives `forward`.
     Parts that are no children (a frozen teacher) belong into a list or a tuple: they are neither trained nor saved.
-    Whatever else has to survive an interruption is a buffer.
+    Whatever else has to survive an interruption is a buffer. After every update all processes have the buffers of the
+    first one: what a buffer remembers of a batch should be reduced over the processes before.
     """
 
     phases: Mapping[str, tuple[str, ...]] = {"train": ("model",)}

@@ -90,7 +90,10 @@ class Distilled(Objective):
     def forward(self, phase, batch, at):
         errors = (self.model(batch.data) - self.teacher[0](batch.data)).square().sum(1)
         if self.training:
-            self.worst.copy_(torch.maximum(self.worst, errors.detach().max()))
+            largest = errors.detach().max()
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+            self.worst.copy_(torch.maximum(self.worst, largest))
         return errors
 
 
