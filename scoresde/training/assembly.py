@@ -16,6 +16,7 @@ from scoresde.config import ConfigError
 from scoresde.data import Dataset, Split
 from scoresde.objectives import At, Objective
 from scoresde.storage.files import one_line
+from scoresde.storage.processes import hosts
 from scoresde.streams import Streams
 from scoresde.training.averages import Averages
 from scoresde.training.batches import Order, batch_of, condition_dropout, placed
@@ -125,7 +126,7 @@ def assembled(config: ConfigDict, model: nn.Module | None, objective: Objective 
         Order(len(train_data), t.batch_size, config.seed),
         condition_dropout(t.condition_dropout, data.spec.conditions),
         part_size,
-        torch.distributed.new_group(backend="gloo") if world > 1 else None,
+        hosts() if world > 1 else None,
     )
 
 

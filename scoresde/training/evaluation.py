@@ -66,13 +66,15 @@ def held_out_loss(
 def sample_picture(
     objective: Objective, averages: Averages, config: ConfigDict, sampler: Callable[..., Tensor] | None
 ) -> Tensor | None:
-    """A picture of samples of the averaged model, uint8 (H, W, 1 or 3); None for samples that have none."""
+    """A picture of samples of the averaged model, uint8 (H, W, 1 or 3); None for samples that have none. All processes
+    draw, the first one gets the picture."""
     model = objective.result()
     spec = getattr(model, "data_spec", None)
     if spec is None or picture(torch.zeros(1, *spec.shape), spec) is None:
         return None
     with averages.applied():
-        return picture((sampler or one_class_after_the_other)(model.eval(), config), spec)
+        samples = (sampler or one_class_after_the_other)(model.eval(), config)
+    return picture(samples, spec) if process()[0] == 0 else None
 
 
 def one_class_after_the_other(model: Any, config: ConfigDict) -> Tensor:

@@ -20,6 +20,7 @@ from scoresde.images import save_png
 from scoresde.storage import Checkpoint, CheckpointError, latest, read_checkpoint, save_checkpoint
 from scoresde.storage.checkpoints import clean
 from scoresde.storage.files import one_line
+from scoresde.storage.processes import told
 from scoresde.training.assembly import Run
 from scoresde.training.evaluation import held_out_loss, sample_picture
 from scoresde.training.metrics import Metrics
@@ -129,16 +130,15 @@ class Journal:
             self.metrics.scalars(step, held_out_loss=loss)
 
     def sample(self, step: int) -> None:
-        """A picture of samples, where they have one."""
-        if self.metrics is None:
-            return
+        """A picture of samples, where they have one; drawn by all processes."""
         try:
             image = sample_picture(self.r.objective, self.r.averages, self.r.config, self.sampler)
-            if image is not None:
+            if image is not None and self.metrics is not None:
                 save_png(image, self.workdir / "samples" / f"step_{step:08d}.png")
                 self.metrics.image(step, "samples", image)
         except Exception as error:  # whatever the sampler, the disk or a picture library say: the run goes on
-            tell(f"No picture of the samples after step {step}: {one_line(error)}")
+            if self.r.main or not told(error):
+                tell(f"No picture of the samples after step {step}: {one_line(error)}")
 
     def save(self, step: int, seconds: float) -> None:
         """A checkpoint."""

@@ -85,7 +85,7 @@ def train(
         resume: continue from the newest checkpoint in `workdir`; if False, one there is an error.
         progress: whether to show a progress bar; None: on a terminal.
         sampler: (model, config) -> samples in data units for the sample pictures; `draw_samples` with one class after
-            the other by default.
+            the other by default. Every process calls it, and the picture is of what the first one gets.
         callback: called with (step, metrics) after every logged step. An exception it raises ends the run.
         model: the model to train, instead of that of the sections `sde`, `network` and `model`; it is trained in place.
             One whose `config()` says how it is built comes back by `load_model`; of others, weights alone are saved.
@@ -157,7 +157,7 @@ class _Loop:
                     self.journal.log(self.step, self.seconds, values, bar)
                 if _due(self.step, t.eval_every):
                     self.journal.evaluate(self.step)
-                if _due(self.step, t.sample_every) and not signals.caught:
+                if _due(self.step, t.sample_every) and not self._agreed(signals.caught)[1]:
                     self.journal.sample(self.step)
                 if _due(self.step, t.checkpoint_every):
                     self._save()

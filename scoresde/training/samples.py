@@ -18,6 +18,7 @@ from scoresde.config import ConfigError, Sampling, make_sampling
 from scoresde.data.conditions import mapped
 from scoresde.models.score_model import ScoreModel
 from scoresde.storage.files import one_line
+from scoresde.storage.processes import Shares, process, together
 from sde_lib import Chain, GaussianMixture, Law, ReverseSDE
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class Samples:
     """Samples and what they cost.
 
     Attributes:
-        data: (n, *D) in data units, on the CPU.
+        data: (n, *D) in data units, on the CPU; where several processes drew them, in the first one, and (0, *D) in the
+            others.
         nfe: network calls per sample, int64 (n,), guidance included.
         seconds: wall time.
     """
@@ -47,6 +49,10 @@ def draw_samples(
     progress: bool | None = False,
 ) -> Samples:
     """Samples in data units. Sample i is drawn from its own stream of `sampling.seed` and i.
+
+    In a process group of `torch.distributed` the processes divide the batches, so that every one has to call this, and
+    the first one gets the samples. They are those of one process, bitwise; only if there are fewer batches than
+    processes do batches become smaller, and samples equal to rounding. What fails in one process is raised in all.
 
     Args:
         model: a score model with a data specification.
@@ -72,18 +78,25 @@ def draw_samples(
         raise ConfigError(one_line(error)) from error
     if not condition and s.guidance != 1.0:
         raise ConfigError(f"Guidance {s.guidance} needs a condition to guide to; give one, or leave guidance at 1.")
-    drawn, calls, started = [], [], time.perf_counter()
-    disable = None if progress is None else not progress
-    starts = range(0, n, s.batch_size)
-    for start in tqdm(starts, desc="sampling", unit="batch", disable=disable, file=sys.stderr):
-        rows = range(start, min(start + s.batch_size, n))
-        rev: ReverseSDE = model.reverse(mapped(_rows_on(rows, model.device), condition))
-        if s.guidance != 1.0:
-            rev = ClassifierFreeGuidance(rev, s.guidance)
-        solution = _solved(rev, (len(rows), *model.state_shape), s, rows, model.device)
-        drawn.append(model.decode(solution.x).cpu())
-        calls.append(solution.nfe)
-    return Samples(torch.cat(drawn), torch.cat(calls), time.perf_counter() - started)
+    started = time.perf_counter()
+    disable = process()[0] > 0 or (None if progress is None else not progress)
+    shares = Shares(n, s.batch_size, coupled=s.solver.batch_coupled)
+
+    def draw() -> tuple[list[Tensor], list[Tensor]]:
+        drawn, calls = [], []
+        for rows in tqdm(shares.mine, desc="sampling", unit="batch", disable=disable, file=sys.stderr):
+            rev: ReverseSDE = model.reverse(mapped(_rows_on(rows, model.device), condition))
+            if s.guidance != 1.0:
+                rev = ClassifierFreeGuidance(rev, s.guidance)
+            solution = _solved(rev, (len(rows), *model.state_shape), s, rows, model.device)
+            drawn.append(model.decode(solution.x).cpu())
+            calls.append(solution.nfe.cpu())
+        return drawn, calls
+
+    data, nfe = map(shares.first, together(draw))
+    if data is None or nfe is None:
+        data, nfe = torch.empty(0, *model.data_shape), torch.empty(0, dtype=torch.int64)
+    return Samples(data, nfe, time.perf_counter() - started)
 
 
 def check_sampling(config: ConfigDict, law: Law) -> None:

@@ -107,6 +107,7 @@ def test_what_differs_in_anything_is_independent():
     z, u = s.normal("a", (n,), float64), s.uniform("a", (n,), float64)
     score = torch.special.ndtri(u.clamp_(min=2.0**-33))
     kinds = [z, score, s.integers("a", 1001, (n,)).double() - 500.0]
+    kinds += [z.reshape(2, -1).T.reshape(1, -1)]  # next to the uniforms that would be of the same bits
     kinds += [rows.roll(shift, 1) for rows in (z, score) for shift in (1, 2, n // 2)]
     independent(torch.cat(kinds))
 
