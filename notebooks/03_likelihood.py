@@ -228,8 +228,8 @@ assert inside > 0.95 - 3 * math.sqrt(0.05 * 0.95 / 200)
 class Exact(torch.nn.Module):
     """A network that knows the score."""
 
-    def forward(self, x, label):
-        return line.reverse(sde)(x, sde.knot(label, ndim=x.ndim)).v
+    def forward(self, x, noise_level):
+        return line.reverse(sde)(x, sde.knot(noise_level, ndim=x.ndim)).v
 
 
 spec = DataSpec((1,), 16)

@@ -23,8 +23,8 @@ class Exact(torch.nn.Module):
         self.data, self.law = data, law
         self.dummy = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
 
-    def forward(self, x, label, class_label=None):
-        return self.data.reverse(self.law)(x, self.law.knot(label, ndim=x.ndim)).v
+    def forward(self, x, noise_level, class_label=None):
+        return self.data.reverse(self.law)(x, self.law.knot(noise_level, ndim=x.ndim)).v
 
 
 def model_of(data, spec, t_min=1e-4, codec=None):
@@ -186,11 +186,11 @@ def test_a_killed_run_goes_on(tmp_path):
     calls = []
     whole = Exact.forward
 
-    def dies(self, x, label, class_label=None):
+    def dies(self, x, noise_level, class_label=None):
         calls.append(len(x))
         if len(calls) > 150:
             raise KeyboardInterrupt
-        return whole(self, x, label)
+        return whole(self, x, noise_level)
 
     Exact.forward = dies
     try:
@@ -204,9 +204,9 @@ def test_a_killed_run_goes_on(tmp_path):
         file.write("8,1.5,0.1")
     log, calls[:] = [], []
 
-    def counted(self, x, label, class_label=None):
+    def counted(self, x, noise_level, class_label=None):
         log.append(len(x))
-        return whole(self, x, label)
+        return whole(self, x, noise_level)
 
     Exact.forward = counted
     try:
@@ -317,9 +317,9 @@ def test_the_summary_says_what_the_figure_is():
 
 def test_failed_samples_are_left_out_and_counted():
     class Broken(Exact):
-        def forward(self, x, label, class_label=None):
-            v = super().forward(x, label)
-            return torch.where((x[:, :1] > 0.9) & (label[:, None] < 0.5), math.nan, v)
+        def forward(self, x, noise_level, class_label=None):
+            v = super().forward(x, noise_level)
+            return torch.where((x[:, :1] > 0.9) & (noise_level[:, None] < 0.5), math.nan, v)
 
     law, spec = VPSDE(), DataSpec((2,), 4)
     data = GaussianMixture([[0.0, 0.0]], std=[0.5])

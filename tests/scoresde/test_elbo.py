@@ -133,9 +133,9 @@ class OfBins(torch.nn.Module):
         middles = CODEC.encode(torch.arange(16.0) + 0.5)
         self.data, self.law = GaussianMixture(middles[:, None], std=0.0, weights=weights), law
 
-    def forward(self, x, label, class_label=None):
-        label = label.long() if hasattr(self.law, "levels") else label
-        return self.data.reverse(self.law)(x, self.law.knot(label, ndim=x.ndim)).v
+    def forward(self, x, noise_level, class_label=None):
+        noise_level = noise_level.long() if hasattr(self.law, "levels") else noise_level
+        return self.data.reverse(self.law)(x, self.law.knot(noise_level, ndim=x.ndim)).v
 
 
 @pytest.mark.parametrize("kind", ["continuous", "chain"])
@@ -146,8 +146,8 @@ def test_integers_of_a_known_law(kind):
     p /= p.sum()
     sde = VPSDE(t_min=1e-4)
     law = sde if kind == "continuous" else sde.discretize(1000)
-    label = "time" if kind == "continuous" else "index"
-    model = ScoreModel(OfBins(p, law), law, "v", label, SPEC, 1.0, "none").double()
+    noise_level = "time" if kind == "continuous" else "index"
+    model = ScoreModel(OfBins(p, law), law, "v", noise_level, SPEC, 1.0, "none").double()
     result = elbo_of_data(model, torch.arange(16)[:, None].repeat(40, 1), times=512, dequantization="none")
     figures = result.per_sample.reshape(40, 16)
     error = figures.std(0) / math.sqrt(40)
@@ -325,8 +325,8 @@ def test_integers_dequantized_uniformly():
     law = VPSDE(t_min=1e-4)
 
     class Exact(torch.nn.Module):
-        def forward(self, x, label):
-            return LINE.reverse(law)(x, law.knot(label, ndim=x.ndim)).v
+        def forward(self, x, noise_level):
+            return LINE.reverse(law)(x, law.knot(noise_level, ndim=x.ndim)).v
 
     model = ScoreModel(Exact(), law, "v", "time", SPEC, 1.0, "none").double()
     k = torch.tensor([[5], [12]]).repeat(300, 1)
@@ -343,8 +343,8 @@ def test_data_sets_are_whole_and_in_bits():
     law = VPSDE(t_min=1e-4)
 
     class Exact(torch.nn.Module):
-        def forward(self, x, label):
-            return MIXTURE.reverse(law)(x, law.knot(label, ndim=x.ndim)).v
+        def forward(self, x, noise_level):
+            return MIXTURE.reverse(law)(x, law.knot(noise_level, ndim=x.ndim)).v
 
     model = ScoreModel(Exact(), law, "v", "time", DataSpec((2,)), 1.0, "none", codec=Affine((2,), 1.0, 2.0)).double()
     z = model.decode(MIXTURE.sample(7, torch.Generator().manual_seed(0), torch.float64))

@@ -131,10 +131,10 @@ def test_networks_with_attention(name):
         for p in net.parameters():
             p.add_(0.2 * torch.randn_like(p))
     x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
-    label = torch.tensor([3.0, 500.0], dtype=torch.float64)
+    noise_level = torch.tensor([3.0, 500.0], dtype=torch.float64)
 
     def fn(y):
-        return net(y, label)
+        return net(y, noise_level)
 
     together, alone = (divergence(fn, x, "exact", chunk=chunk).trace for chunk in (16, 1))
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-10)
