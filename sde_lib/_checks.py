@@ -114,6 +114,11 @@ def name_of(cls: type) -> str:
     return _NAMES.get(cls, cls.__name__)
 
 
+def full_name(cls: type) -> str:
+    """The name under which `lookup` finds a class: that of its table, or "module:Class"."""
+    return _NAMES.get(cls) or f"{cls.__module__}:{cls.__qualname__}"
+
+
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
     """Entry `name` of `table`, or of an open one (`Table`) the class "module:Class" of one's own.
 

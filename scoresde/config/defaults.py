@@ -22,6 +22,7 @@ def defaults() -> ml_collections.ConfigDict:
     c.network = at["network"].section()
 
     c.model = ml_collections.ConfigDict()
+    c.model.kind = "score_model"
     c.model.parameterization = "v"
     c.model.noise_level = "quarter_log_sigma"
     c.model.sigma_data = 0.5

@@ -126,11 +126,11 @@ def model_config(config: ml_collections.ConfigDict, spec: DataSpec, codec: Codec
 
 def make_model(config: ml_collections.ConfigDict, spec: DataSpec, data: Tensor | None = None) -> ScoreModel:
     """The score model with fresh weights, drawn from torch's global generator, and a codec fitted to `data`."""
-    from scoresde.models.score_model import ScoreModel
+    from scoresde.models import model_from_config
 
     try:
         codec = make_codec(config, spec, data)
-        model = ScoreModel.from_config(model_config(config, spec, codec))
+        model = model_from_config(model_config(config, spec, codec))
         assert model.codec is not None
         model.codec.load_state_dict(codec.state_dict())
         return model

@@ -24,7 +24,7 @@ from sde_lib import (
     lookup,
     state_std,
 )
-from sde_lib._checks import check_positive, check_state, options_of, section_key
+from sde_lib._checks import check_positive, check_state, full_name, options_of, section_key
 from sde_lib._math import Real
 from sde_lib.reverse import knot_of
 
@@ -48,6 +48,8 @@ class ScoreModel(nn.Module):
         index_levels: number of levels that the noise levels "index" and "index_down" count where the law is an SDE: a
             network of a chain goes on between its levels. On a chain it is the chain's.
         codec: how data become states; integers are spread over [-1, 1) and real numbers stay as they are by default.
+
+    A subclass that is something else than the score of a density says so in `describes`, which its reverse hands on.
 
     A network with the attribute `learned_variance` returns twice the channels; the second half is `log_variance`'s.
 
@@ -94,8 +96,9 @@ class ScoreModel(nn.Module):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ScoreModel:
-        """Build from a JSON-able dict: sections `network`, `sde` (``{"name": …, <name>: {options}}``), `levels` (0, or
-        the number of levels of a chain), `data_spec`, `codec`, and the remaining constructor arguments.
+        """Build from a JSON-able dict: `kind` (see `MODELS`), sections `network`, `sde` and `codec`
+        (``{"name": …, <name>: {options}}``), `levels` (0, or the number of levels of a chain), `data_spec`
+        (`DataSpec.to_dict`), and the remaining constructor arguments.
 
         Raises:
             ValueError: for a section that is missing, an unknown name, or an option that does not exist.
@@ -105,12 +108,13 @@ class ScoreModel(nn.Module):
         if not isinstance(config, Mapping):
             raise TypeError(f"`config` must be a mapping, got {type(config).__name__}.")
         missing = [name for name in ("network", "sde") if name not in config]
-        known = {"network", "sde", "levels", "data_spec", *options_of(cls)} - {"law", "config"}
+        known = {"kind", "network", "sde", "levels", "data_spec", *options_of(cls)} - {"law", "config"}
         unknown = [name for name in config if name not in known]
         if missing or unknown:
             wrong = f"lacks {', '.join(missing)}" if missing else f"has no entry {unknown[0]!r}"
             raise ValueError(f"The configuration of a score model {wrong}; its entries: {', '.join(sorted(known))}.")
         rest = dict(config)
+        rest.pop("kind", None)
         network = build(NETWORKS, rest.pop("network"), "network")
         sde = build(SDES, rest.pop("sde"), "sde")
         levels = rest.pop("levels", 0)
@@ -135,7 +139,7 @@ class ScoreModel(nn.Module):
                 "This model was built from objects, so its configuration is unknown: build it with "
                 "ScoreModel.from_config, or save its state_dict yourself."
             )
-        config = dict(self._config)
+        config = {**self._config, "kind": full_name(type(self))}
         if self.data_spec is not None and self.codec is not None:
             config["data_spec"] = self.data_spec.to_dict()
             config["codec"] = {"name": self.codec.name, section_key(self.codec.name): self.codec.config()}

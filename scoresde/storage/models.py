@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
-from scoresde.models.score_model import ScoreModel
+from scoresde.models import ScoreModel, model_from_config
 from scoresde.storage.checkpoints import STATE, latest, model_file, read_state
 from scoresde.storage.files import one_line
 from scoresde.storage.tensors import CheckpointError, check_tensors, not_finite, read_tensors, write_tensors
-from sde_lib import build
 from sde_lib.chain import MOST_LEVELS
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -91,7 +90,7 @@ def build_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where:
     if bad is not None:
         raise CheckpointError(f"Weight {bad!r} in {where} is NaN or infinite: use an earlier checkpoint.")
     with _explained(where):
-        model = ScoreModel.from_config(config)
+        model = model_from_config(config)
     if dtype is not None:
         model = model.to(dtype)
     model.load_state_dict(tensors)
@@ -102,9 +101,6 @@ def _skeleton(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None, where: str | Path
 ) -> dict[str, Tensor]:
     """Tensors without memory of the model that a configuration describes."""
-    from scoresde.codecs import CODECS
-    from scoresde.networks import NETWORKS
-
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"{where} holds weights of dtype {dtype}, in which no network can be run.")
     with _explained(where):
@@ -112,14 +108,8 @@ def _skeleton(
         if type(levels) is not int or not 0 <= levels <= MOST_LEVELS:
             raise ValueError(f"`levels` must be an int in 0 … {MOST_LEVELS}, got {levels!r}.")
         with torch.device("meta"), bounded(20 * len(tensors) + 200):  # two or three a tensor are usual
-            parts = {"network": build(NETWORKS, config["network"], "network")}
-            if "codec" in config:
-                parts["codec"] = build(CODECS, config["codec"], "codec")
-    found: dict[str, Tensor] = {}
-    for part, module in parts.items():
-        module = module if dtype is None else module.to(dtype)
-        found |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
-    return found
+            model = model_from_config(config)
+        return (model if dtype is None else model.to(dtype)).state_dict()
 
 
 @contextmanager

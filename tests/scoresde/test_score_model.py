@@ -15,6 +15,7 @@ from scoresde import (
     VESDE,
     VPSDE,
     AdaptiveRungeKutta,
+    CheckpointError,
     ClassifierFreeGuidance,
     ClipData,
     DataSpec,
@@ -23,10 +24,14 @@ from scoresde import (
     Heun,
     ScoreModel,
     inpaint,
+    load_model,
+    log_likelihood,
     sample,
+    save_model,
     solve,
 )
 from scoresde.codecs import Affine
+from scoresde.storage.tensors import write_tensors
 from solvers import make_knots
 
 
@@ -295,3 +300,35 @@ def test_inpainting_is_replacement(rho):
     if rho == 0.5:
         limit = replaced_moments(rho, 1.0, make_knots(law, None, 1000, "denoise"), solver)
         assert limit == pytest.approx((0.27, 0.82), abs=0.005)
+
+
+# --- kinds of models -------------------------------------------------------------------------------------------------
+
+
+class Consistency(ScoreModel):
+    """A map from noise to data: no score of a density."""
+
+    describes = "map"
+
+
+def test_a_kind_of_ones_own_comes_back_and_says_what_it_is(tmp_path):
+    """The class that was saved is built again where it has been imported, and nothing is imported for a file's sake;
+    what it describes reaches every wrapper, and likelihoods refuse it."""
+    config = {
+        "network": {"name": "mlp", "mlp": {"shape": [2], "width": 8, "depth": 1}},
+        "sde": {"name": "vp"},
+        "data_spec": {"shape": [2]},
+    }
+    made = Consistency.from_config(config)
+    save_model(made, tmp_path / "own.safetensors")
+    back = load_model(tmp_path / "own.safetensors")
+    assert type(back) is Consistency and back.config() == made.config()
+    assert ClassifierFreeGuidance(ClipData(back.reverse()), 1.0).describes == back.reverse().describes == "map"
+    with pytest.raises(ValueError, match="map"):
+        log_likelihood(back.reverse(), torch.zeros(2, 2))
+    named = {**made.config(), "kind": "a_module_that_nobody_imported:Consistency"}
+    write_tensors(made.state_dict(), tmp_path / "other.safetensors", named)
+    with pytest.raises(CheckpointError, match="import a_module_that_nobody_imported first"):
+        load_model(tmp_path / "other.safetensors")
+    plain = ScoreModel.from_config(config)
+    assert plain.config()["kind"] == "score_model" and plain.reverse().describes == "density"
