@@ -11,15 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sde_lib._checks import did_you_mean
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
 
+    from scoresde.data import Split
     from scoresde.data.conditions import ConditionSpec
     from scoresde.data.spec import DataSpec
 
 PREFIX = "--condition."
+_GIVEN = "score log p(x | conditions): those that the data come with, all or NAMES"
 _EPILOG = """\
 Conditions: --condition.NAME=VALUE for each that the model has. VALUE is a class, `all` classes in turn, or a .npy or
 .npz file: one value for all samples, or the samples first. Tokens are an .npz file of `tokens` and a `mask`.
@@ -31,6 +35,12 @@ def add_conditions(p: argparse.ArgumentParser) -> None:
     p.add_argument("--class", dest="class_label", metavar="C", help="short for --condition.class_label=C")
     p.set_defaults(takes_conditions=True)
     p.epilog = f"{_EPILOG}\n{p.epilog or ''}"
+
+
+def add_given(p: argparse.ArgumentParser) -> None:
+    """The options of a command that scores data: the conditions that these come with."""
+    p.add_argument("--given", nargs="?", const="", metavar="NAMES", help=_GIVEN)
+    p.add_argument("--given-class", action="store_true", help="short for --given=class_label")
 
 
 def split_conditions(words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -69,6 +79,29 @@ def condition_of(texts: Mapping[str, str], spec: DataSpec, n: int) -> dict[str, 
         spec.check_condition({name: None})  # an unknown name
         found[name] = value_of(name, text, spec.conditions[name], n)
     return found
+
+
+def condition_of_data(arguments: argparse.Namespace, split: Split, spec: DataSpec) -> dict[str, Any]:
+    """Conditions of the samples of a split: what they come with as far as --given asks for it, and what the command
+    line says of the others.
+
+    Raises:
+        ValueError: for a name that the data do not have, or that both say; see `condition_of`, too.
+    """
+    texts = given_conditions(arguments)
+    names = [] if arguments.given is None else [n for n in arguments.given.split(",") if n] or list(split.condition)
+    if arguments.given is not None and not names:
+        raise ValueError("--given needs data with conditions, and these have none.")
+    if arguments.given_class:
+        names.append("class_label")
+    for name in names:
+        if name not in split.condition:
+            there = f" They come with {', '.join(split.condition)}." if split.condition else " They have none."
+            near = did_you_mean(name, split.condition)
+            raise ValueError(f"The data come without a condition {name!r}, which --given asks for.{near}{there}")
+        if name in texts:
+            raise ValueError(f"Give --given or {PREFIX}{name}, not both.")
+    return {name: split.condition[name] for name in names} | condition_of(texts, spec, len(split))
 
 
 def value_of(name: str, text: str, spec: ConditionSpec, n: int) -> Any:

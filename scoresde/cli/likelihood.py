@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scoresde.cli.conditions import add_conditions, add_given, condition_of_data
 from scoresde.cli.output import drawn
 from scoresde.cli.processes import process_group
 from scoresde.cli.runs import from_run, open_run
@@ -19,7 +20,8 @@ def arguments(p: argparse.ArgumentParser) -> None:
     from_run(p)
     p.add_argument("--n", type=int, metavar="N", help="number of held-out samples (likelihood.n; default: all)")
     p.add_argument("--seed", type=int, metavar="N", help="noise (likelihood.seed)")
-    p.add_argument("--given-class", action="store_true", help="condition on the classes: log p(x | class)")
+    add_given(p)
+    add_conditions(p)
     p.add_argument("--elbo", action="store_true", help="the variational bound, too (on a chain it is the only figure)")
     p.add_argument("--convergence", action="store_true", help="how 8 samples settle with steps and with probes, too")
     p.add_argument("--out", metavar="DIR", help="folder of the results (default: `likelihood` in the run, or here)")
@@ -31,6 +33,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     import json
 
     from scoresde import config
+    from scoresde.data.conditions import mapped
     from scoresde.likelihood import bits_per_dim, elbo_of_data
     from scoresde.likelihood.pictures import budget, convergence, histogram
     from scoresde.storage.files import write_whole
@@ -45,11 +48,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     held_out = config.make_data(settings).held_out
     if n is not None and not 1 <= n <= len(held_out):
         raise ValueError(f"likelihood.n must be in 1 … {len(held_out)} (the held-out samples), got {n}.")
-    data, condition = held_out.data[:n], {}
-    if arguments.given_class:
-        if "class_label" not in held_out.condition:
-            raise ValueError("--given-class needs data with classes.")
-        condition = {"class_label": held_out.condition["class_label"][:n]}
+    scored = held_out.rows(slice(n))
+    data, condition = scored.data, condition_of_data(arguments, scored, model.data_spec)
     out = Path(arguments.out or Path(arguments.workdir or ".") / "likelihood")
     summary: dict[str, Any] = {}
     pictures: dict[str, Callable[[Path], object]] = {}
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
             pictures["likelihood.png"] = lambda path: histogram(result, path)
             pictures["budget.png"] = lambda path: budget(result, path)
             if arguments.convergence:
-                given = {name: value[:8].to(model.device) for name, value in condition.items()}
+                given = mapped(lambda value: value[:8].to(model.device), condition)
                 x = model.encode(data[:8]).to(model.device, model.dtype)
                 settled = convergence(model.reverse(given), x, seed=options["seed"], sigma_data=model.sigma_data)
                 print(settled.table())

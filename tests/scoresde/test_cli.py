@@ -94,7 +94,7 @@ def test_likelihood_again_and_by_more_steps(trained, tmp_path, capsys):
     assert "standard error" in capsys.readouterr().out
     figures = json.loads((out / "likelihood.json").read_text())
     assert figures["convergence"]["steps"][-1] == 128 and (out / "convergence.png").stat().st_size > 5000
-    assert main([*base, "--given-class", "--restart"]) == 0
+    assert main([*base, "--given", "--restart"]) == 0
     assert json.loads((out / "likelihood.json").read_text())["mean"] != figures["mean"]
 
 
@@ -149,6 +149,14 @@ MISTAKES = [
     (["sample", "--checkpoint={file}"], "truncated or damaged"),
     (["sample", "--workdir={run}", "--steps=x"], "invalid int"),
     (["likelihood", "--workdir={run}", "--n=100000"], "held-out"),
+    (["likelihood", "--workdir={run}", "--given=text"], "They come with class_label"),
+    (["likelihood", "--workdir={run}", "--given", "--class=3"], "not both"),
+    (["sample", "--workdir={run}", "--condition.class_labe=3"], "Did you mean 'class_label'"),
+    (["sample", "--workdir={run}", "--condition.class_label"], "NAME=VALUE"),
+    (["sample", "--workdir={run}", "--condition.class_label=3", "--class=3"], "not both"),
+    (["sample", "--workdir={run}", "--condition.class_label={file}.npy"], "No such file"),
+    (["train", "--config=digits_vp", "--workdir={tmp}", "--condition.class_label=3"], "sample, likelihood and compare"),
+    (["sample", "--workdir={run}", "--import=no_such_module"], "--import no_such_module: it cannot be imported"),
     (["configs", "--x"], "Unknown argument"),
     (["train", "--config=digits_vp", "--workdir={tmp}/a", "--config.sampling.end=x"], "end"),
     (["train", "--config=digits_vp", "--workdir={tmp}/a", "--config.training.eval_samples=0"], "eval_samples"),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from scoresde.cli.conditions import given_conditions, split_conditions, value_of
+from scoresde.cli.conditions import condition_of_data, given_conditions, split_conditions, value_of
+from scoresde.data import DataSpec, Split
 from scoresde.data.conditions import ConditionSpec
 
 CLASS = ConditionSpec("class", classes=3)
@@ -76,6 +77,33 @@ def test_what_is_no_value(spec, text, array, message, tmp_path, monkeypatch):
     with pytest.raises(ValueError) as caught:
         value_of("v", text, spec, 2)
     assert message in str(caught.value) and "\n" not in str(caught.value) and "v" in str(caught.value)
+
+
+def asked(**options):
+    return argparse.Namespace(**{"condition": {}, "class_label": None, "given": None, "given_class": False, **options})
+
+
+def test_conditions_of_data(tmp_path):
+    """Those that the data come with, all or by name, beside those of the command line, one of each."""
+    spec = DataSpec((2,), conditions={"y": CLASS, "v": VECTOR})
+    split = Split(torch.zeros(2, 2), {"y": torch.tensor([2, 0]), "v": torch.ones(2, 2)})
+    assert set(condition_of_data(asked(given=""), split, spec)) == {"y", "v"}
+    assert condition_of_data(asked(), split, spec) == {}
+    found = condition_of_data(asked(given="v", condition={"y": "1"}), split, spec)
+    assert found["v"] is split.condition["v"] and found["y"].tolist() == [1, 1]
+    for options, message in (
+        ({"given": "w"}, "without a condition 'w', which --given asks for. They come with y, v."),
+        ({"given": "v", "condition": {"v": "a.npy"}}, "Give --given or --condition.v, not both"),
+        ({"given_class": True}, "class_label"),
+        ({"condition": {"yy": "1"}}, "Did you mean 'y'"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            condition_of_data(asked(**options), split, spec)
+        assert message in str(caught.value)
+    with pytest.raises(ValueError, match="these have none"):
+        condition_of_data(asked(given=""), Split(torch.zeros(2, 2)), spec)
+    labelled = Split(torch.zeros(1, 2), {"class_label": torch.tensor([3])})
+    assert condition_of_data(asked(given_class=True), labelled, spec)["class_label"].tolist() == [3]
 
 
 def test_they_are_split_off_and_given_once():
