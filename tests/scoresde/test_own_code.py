@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from scoresde.codecs import Codec
-from scoresde.data import Dataset, DataSpec, Source, Split, classes
+from scoresde.data import ConditionSpec, Dataset, DataSpec, Source, Split, classes
 from scoresde.objectives import TIMES, Objective
 from scoresde.objectives.clocks import Times
 
@@ -90,6 +90,18 @@ class Robust(Objective):
         return self.weight * (self.model.predict(x, knot, **batch.condition).noise - noise).abs().mean(1)
 
 
+class Told(Source):
+    """Points with a vector and with words of which some are missing."""
+
+    def load(self):
+        x, mask = torch.linspace(-1.0, 1.0, 24).reshape(12, 2), torch.arange(12).reshape(12, 1) > torch.arange(3)
+        told = {"at": x.flip(1), "text": {"tokens": torch.arange(36).reshape(12, 3) % 5, "mask": mask}}
+        specs = {"at": ConditionSpec("vector", (2,)), "text": ConditionSpec("tokens", (3,), classes=5)}
+        everything = Split(x, told)
+        train, held_out = everything.rows(slice(8)), everything.rows(slice(8, None))
+        return Dataset("told", train, held_out, DataSpec((2,), conditions=specs))
+
+
 class Line(Source):
     """Points on a line, with where they are as a condition."""
 
@@ -111,10 +123,9 @@ def module(tmp_path, monkeypatch):
     """The name of a module of one's own in the current folder, which is forgotten again."""
     (tmp_path / "own_module_of_tests.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    before = list(sys.path)
     yield "own_module_of_tests"
     sys.modules.pop("own_module_of_tests", None)
-    assert sys.path == before
+    assert str(tmp_path) not in sys.path
 
 
 def test_an_own_network_trains_is_saved_and_read_again_and_needs_its_import(module, tmp_path, capsys):
@@ -157,6 +168,28 @@ def test_own_data_and_an_own_codec_train_and_are_read_again(module, tmp_path, ca
     capsys.readouterr()
     sys.modules.pop(module)
     assert main(call) == 2 and f"--import {module}" in capsys.readouterr().err
+
+
+def test_vectors_and_tokens_go_from_the_data_to_every_command(module, tmp_path, capsys):
+    """Training drops them; sampling, scores and comparisons take them from files or from the data, or go without."""
+    own = ["--import", module]
+    call = ["train", "--config=toy_ring", "--workdir=run", *TINY, *own, f"--config.data.name={module}:Told"]
+    assert main([*call, "--config.training.condition_dropout=at:0.5,text:0.2"]) == 0
+    np.save("at.npy", np.array([0.5, -0.5]))
+    np.savez("text.npz", tokens=np.array([[1, 2], [3, 4], [0, 1]]), mask=np.array([[1, 1], [1, 0], [0, 0]], dtype=bool))
+    told = ["--condition.at=at.npy", "--condition.text", "text.npz"]
+    few = ["--workdir=run", "--config.sampling.steps=2", "--config.likelihood.steps=4", *own]
+    assert main(["sample", *few, "--n=3", "--out=a.npz", "--guidance=2", *told]) == 0
+    with np.load("a.npz") as file:
+        assert file["at"].tolist() == 3 * [[0.5, -0.5]] and file["text.tokens"].shape == (3, 3)
+        assert file["text.mask"].sum(1).tolist() == [2, 1, 0]
+    assert main(["sample", *few, "--n=4", "--out=b.npz", *told]) == 2
+    assert "(4, 2), a value for each of the 4 samples" in capsys.readouterr().err
+    assert main(["likelihood", *few, "--n=3", "--given=text", told[0]]) == 0
+    assert np.isfinite(json.loads((tmp_path / "run" / "likelihood" / "likelihood.json").read_text())["mean"])
+    compared = ["compare", *few, "--solvers=ddim", "--nfe=4", "--n=3", "--repetitions=1", "--guidance=2"]
+    assert main([*compared, *told]) == 0
+    assert main(compared) == 2 and "needs a condition" in capsys.readouterr().err
 
 
 def test_an_own_objective_of_two_phases_with_own_times_trains_and_goes_on(module, tmp_path, capsys):
