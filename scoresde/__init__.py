@@ -47,7 +47,14 @@ from scoresde.likelihood import (
 )
 from scoresde.likelihood.dequantization import DEQUANTIZATIONS
 from scoresde.losses import chain_loss, continuous_loss
-from scoresde.metrics import energy_distance, frechet_distance, gaussian_bits_per_dim, mmd2, sliced_wasserstein
+from scoresde.metrics import (
+    energy_distance,
+    energy_distance_error,
+    frechet_distance,
+    gaussian_bits_per_dim,
+    mmd2,
+    sliced_wasserstein,
+)
 from scoresde.models import MODELS, ScoreModel
 from scoresde.networks import ADM, DDPM, MLP, NCSN, NETWORKS, DiT, NCSNpp, NCSNv2, UNet
 from sde_lib import (
@@ -360,6 +367,7 @@ __all__ = [
     "elbo_of_data",
     "encode",
     "energy_distance",
+    "energy_distance_error",
     "frechet_distance",
     "from_pretrained",
     "gaussian_bits_per_dim",

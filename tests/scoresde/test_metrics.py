@@ -6,7 +6,15 @@ import pytest
 import torch
 from scipy.stats import wasserstein_distance
 
-from scoresde import DataSpec, energy_distance, frechet_distance, gaussian_bits_per_dim, mmd2, sliced_wasserstein
+from scoresde import (
+    DataSpec,
+    energy_distance,
+    energy_distance_error,
+    frechet_distance,
+    gaussian_bits_per_dim,
+    mmd2,
+    sliced_wasserstein,
+)
 from scoresde.metrics import FEATURES, METRICS, _gaps, _quantile_coupling
 
 
@@ -170,3 +178,17 @@ def test_the_gaussian_baseline_is_the_expected_log_density():
 def test_shapes_that_do_not_agree_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         energy_distance(torch.zeros(3, 2), torch.zeros(3, 4))
+
+
+def test_the_bootstrap_error_is_the_scatter_of_the_distance():
+    """Two normal laws, 120 independent pairs of samples: the mean reported error against the deviation that the
+    distances have. The deviation of 120 numbers is known to 1 / sqrt(240) = 6.5 %."""
+    g = torch.Generator().manual_seed(0)
+    pairs = [
+        (torch.randn(90, 3, generator=g, dtype=torch.float64) + 0.6, torch.randn(60, 3, generator=g).double())
+        for _ in range(120)
+    ]
+    scatter = float(torch.tensor([energy_distance(x, y) for x, y in pairs]).std())
+    reported = [energy_distance_error(x, y, draws=60) for x, y in pairs]
+    assert abs(sum(reported) / len(reported) / scatter - 1.0) < 3 * 0.065
+    assert energy_distance_error(*pairs[0], draws=60) == reported[0]
