@@ -13,7 +13,7 @@ from gpu_gates import FIXED, capture, cls_draws
 from gpu_rows import EDM, FIRST, MODELS, Run, forward_flops, images, model_of, precision
 from torch import Tensor, nn
 
-from scoresde import ScoreModel, continuous_loss, log_likelihood
+from scoresde import DenoisingScoreMatching, ScoreModel, log_likelihood
 from sde_lib import VPSDE
 from solvers import Heun, Recorded, Solver, recommend, sample, solve
 
@@ -196,16 +196,17 @@ def steps_of(
     run: Run, model: ScoreModel, layout: torch.memory_format, batch: int, kind: str
 ) -> tuple[float, list[float]]:
     """Milliseconds of one training step, and the losses of the first eight."""
-    x = images(model, batch).to(run.device).contiguous(memory_format=layout)
+    data = model.decode(images(model, batch)).to(run.device).contiguous(memory_format=layout)
+    objective = DenoisingScoreMatching(model)
     parameters = list(model.parameters())
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.Adam(parameters, lr=2e-4, fused=run.cuda)
-    generator = torch.Generator(run.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     losses: list[Tensor] = []
 
     def step() -> None:
         with precision(run, kind):
-            loss = continuous_loss(model, x, rng=generator).value
+            loss = objective.loss(data, rng=generator)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -15,7 +15,7 @@ import torch
 from gpu_rows import FIRST, MODELS, ROUNDOFF, Run, images, model_of, precision, relative
 from torch import Tensor, nn
 
-from scoresde import ScoreModel, bits_per_dim, continuous_loss, elbo, log_likelihood
+from scoresde import DenoisingScoreMatching, ScoreModel, bits_per_dim, elbo, log_likelihood
 from scoresde.networks import NCSNpp
 from sde_lib import VPSDE, FlowSDE, GaussianMixture, ReverseSDE
 from solvers import DDIM, SOLVERS, BrownianPath, Heun, PerSample, Recorded, Solver, sample, solve
@@ -216,11 +216,12 @@ def no_waits(run: Run) -> None:
     quiet("likelihood, unchecked", lambda: log_likelihood(model.reverse(), x, steps=8, rng=[1, 2, 3, 4], check=False))
     model.train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=run.cuda)
-    generator = torch.Generator(run.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    objective, data = DenoisingScoreMatching(model), model.decode(x)
 
     def step() -> None:
         optimizer.zero_grad()
-        continuous_loss(model, x, rng=generator).value.backward()
+        objective.loss(data, rng=generator).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
@@ -375,7 +376,7 @@ def training(run: Run) -> None:
     def loss_of(model: ScoreModel) -> Tensor:
         like = next(model.parameters())
         y, eps = x.to(like), noise.to(like)
-        return continuous_loss(model, y, t=t.to(like.device), noise=eps).value
+        return DenoisingScoreMatching(model).at_times(y, t.to(like.device), eps).mean()
 
     def losses(kind: str, fused: bool, steps: int) -> tuple[list[float], ScoreModel]:
         model = small_model(device=run.device).train()

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scoresde import config, continuous_loss
+from scoresde import DenoisingScoreMatching, config
 from scoresde.data.spec import DataSpec
 from scoresde.models.score_model import ScoreModel
 from scoresde.networks import blocks, resampling
@@ -114,6 +114,7 @@ def measure(row: str, options: argparse.Namespace) -> None:
         x = torch.rand(options.batch, 3, 32, 32, generator=g).mul_(2.0).sub_(1.0).to(device)
         probe = torch.randn(options.batch, 3, 32, 32, generator=g).to(device)
         knot = model.law.knot(0.5)
+        objective, data = DenoisingScoreMatching(model), model.decode(x)
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
 
         def forward() -> None:
@@ -128,7 +129,7 @@ def measure(row: str, options: argparse.Namespace) -> None:
 
         def step() -> float:
             with low:
-                loss = continuous_loss(model, x, rng=torch.Generator().manual_seed(1)).value
+                loss = objective.loss(data, rng=torch.Generator().manual_seed(1))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -169,6 +169,7 @@ model = ScoreModel(
     noise_level="half_log_snr",
     sigma_data=0.7,
 )
+objective = scoresde.DenoisingScoreMatching(model, times="importance", weighting="likelihood")
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 steps, losses = 2500, []
 generator = torch.Generator().manual_seed(0)
@@ -176,9 +177,7 @@ model.train()
 for step in range(steps):
     for group in optimizer.param_groups:
         group["lr"] = 3e-3 * (1 - step / steps)
-    loss = scoresde.continuous_loss(
-        model, toy.sample(512, generator), weighting="likelihood", times="importance", rng=generator
-    ).value
+    loss = objective.loss(toy.sample(512, generator), rng=generator)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -30,7 +30,7 @@ class _Dispatched(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[-1]
-        if name in READS:
+        if name in READS and any(isinstance(v, Tensor) and v.device.type != "cpu" for v in args):
             self.seen.append(f"{name} {_caller()}")
         out = func(*args, **kwargs)
         if name in COPIES and len({v.device for v in (*args, out) if isinstance(v, Tensor)}) > 1:

@@ -12,7 +12,8 @@ import scoresde
 from scoresde.likelihood.dequantization import DEQUANTIZATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = "SDES PARAMETERIZATIONS SOLVERS GRIDS CORRECTORS COORDINATES NETWORKS DATASETS PROBES".split()
+TABLES = ("SDES PARAMETERIZATIONS SOLVERS GRIDS CORRECTORS COORDINATES NETWORKS DATASETS PROBES "
+          "OBJECTIVES TIMES WEIGHTINGS METRICS").split()
 
 
 def run(code, cwd=ROOT, **environment):

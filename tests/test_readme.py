@@ -31,7 +31,7 @@ def test_a_network_trained_in_ones_own_loop(tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    code = next(c for c in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "model.loss" in c)
+    code = next(c for c in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "objective.loss" in c)
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     for label in range(2):

@@ -10,7 +10,16 @@ import torch
 from devices import META, waits
 from oracles import make_sde
 
-from scoresde import ScoreModel, chain_loss, continuous_loss
+from scoresde import (
+    EDM,
+    METRICS,
+    OBJECTIVES,
+    TIMES,
+    WEIGHTINGS,
+    DataSpec,
+    DenoisingScoreMatching,
+    ScoreModel,
+)
 from scoresde.data.conditions import ConditionSpec, null_condition
 from scoresde.networks import NETWORKS
 from sde_lib import SDES, VPSDE, FlowSDE
@@ -109,21 +118,25 @@ def test_no_network_waits(name):
 
 @pytest.mark.parametrize("name", [*SDES, "chain"])
 def test_no_loss_waits(name):
-    """Once a table has been copied to the device."""
+    """Every objective on every law, and every weighting, metric and law of times on a flow and a chain, in a loop of
+    one's own, once a table has been copied to the device."""
     law = VPSDE().discretize(50) if name == "chain" else make_sde(name)
     with torch.device("meta"):
         net = NETWORKS["mlp"]((2,))
-    model = ScoreModel(net, law, "v", "index" if name == "chain" else "quarter_log_sigma")
-    x = state(4, 2)
-    if name == "chain":
-        runs = [lambda: chain_loss(model, x), lambda: chain_loss(model, x, weighting="raw")]
-    else:
-        options = ({}, {"weighting": "likelihood"}, {"times": "importance"}, {"times": "lognormal", "weighting": "raw"})
-        runs = [lambda o=o: continuous_loss(model, x, **o) for o in options]
-    runs[0]()
+    model = ScoreModel(net, law, "v", "index" if name == "chain" else "quarter_log_sigma", DataSpec((2,), levels=9))
+    made = [objective(model) for objective in OBJECTIVES.values()]
+    if name in ("flow", "chain"):
+        made += [DenoisingScoreMatching(model, times=times) for times in TIMES]
+        made += [DenoisingScoreMatching(model, weighting=weighting) for weighting in WEIGHTINGS]
+        made += [DenoisingScoreMatching(model, metric=metric) for metric in METRICS]
+        made += [EDM(model, uncertainty=True, stratified=False, input_perturbation=0.1).to(META)]
+    data = state(4, 2).byte()
+    if name in ("chain", "tabulated"):
+        for objective in made:
+            objective.loss(data)
     with waits() as seen:
-        for run in runs:
-            run().value.backward()
+        for objective in made:
+            objective.loss(data).backward()
     assert not seen
 
 

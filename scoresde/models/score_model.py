@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from scoresde.codecs import CODECS, Affine, Codec
 from scoresde.data.spec import DataSpec
-from scoresde.losses import chain_loss, continuous_loss
 from sde_lib import (
     NOISE_LEVELS,
     PARAMETERIZATIONS,
@@ -24,7 +23,7 @@ from sde_lib import (
     lookup,
     state_std,
 )
-from sde_lib._checks import check_positive, check_state, full_name, options_of, section_key
+from sde_lib._checks import check_positive, full_name, options_of, section_key
 from sde_lib._math import Real
 from sde_lib.reverse import knot_of
 
@@ -251,33 +250,6 @@ class ScoreModel(nn.Module):
             TypeError: if x is not floating point.
         """
         return self.predict(x, knot_of(self.law, x, t), **condition)
-
-    def loss(self, data: Tensor, *, rng: torch.Generator | None = None, **options: Any) -> Tensor:
-        """Denoising score matching on a batch: the scalar that a training loop minimises.
-
-        The model stays in its mode; `reverse` and `sample` leave it in evaluation mode, so call `train()` after them.
-
-        Args:
-            data: (B, *D), on any device: in data units if the model has a `data_spec` (integers are dequantized by
-                uniform noise), in model units otherwise.
-            rng: generator of dequantization, times and noise; torch's global one if None.
-            **options: of `continuous_loss`, or of `chain_loss` on a chain: condition, weighting, times, reduce, …
-
-        Raises:
-            ValueError: for data that do not fit the `data_spec`, or options that do not fit together.
-        """
-        self.check_condition(options.get("condition"))
-        dtype = torch.promote_types(self.dtype, torch.float32)  # the loss is not computed in half precision
-        if self.data_spec is None:
-            check_state("data", data)
-            x_0 = data.to(self.device, dtype)
-        else:
-            self.data_spec.check(data)
-            where = data.device if rng is None else rng.device
-            u = torch.rand(data.shape, generator=rng, device=where) if self.data_spec.levels else None
-            x_0 = self.encode(data.to(self.device), None if u is None else u.to(self.device), dtype)
-        loss = chain_loss if isinstance(self.law, Chain) else continuous_loss
-        return loss(self, x_0, rng=rng, **options).value
 
     def reverse(self, condition: Mapping[str, Any] | None = None) -> ReverseSDE:
         """The reverse SDE under this model, in model units; puts the network into evaluation mode.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from scoresde.objectives.clocks import Times
 from scoresde.objectives.denoising import EDM, DenoisingScoreMatching
-from scoresde.objectives.metrics import METRICS, HalfSum, Mean, MeanAbsolute, Metric, PseudoHuber
+from scoresde.objectives.metrics import METRICS, HalfSquareSum, MeanAbsolute, MeanSquare, Metric, PseudoHuber
 from scoresde.objectives.objective import At, Average, Objective
 from scoresde.objectives.times import (
     TIMES,
@@ -52,14 +52,14 @@ __all__ = [
     "EDMWeighting",
     "FlowWeighting",
     "HalfLogSNRTimes",
-    "HalfSum",
+    "HalfSquareSum",
     "ImportanceTimes",
     "LaplaceTimes",
     "LikelihoodWeighting",
     "LogNormalTimes",
     "LogitNormalTimes",
-    "Mean",
     "MeanAbsolute",
+    "MeanSquare",
     "Metric",
     "MinSNRWeighting",
     "Objective",

@@ -106,7 +106,10 @@ class DenoisingScoreMatching(Objective):
             check_state("data", batch.data)
         else:
             spec.check(batch.data)
-        self.model.check_condition(batch.condition)
+        if spec is not None and spec.conditions:
+            spec.check_condition(batch.condition, len(batch))
+        else:
+            self.model.check_condition(batch.condition)
 
     # --- at times of one's own ----------------------------------------------------------------------------------------
     def at_times(

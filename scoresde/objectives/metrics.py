@@ -26,7 +26,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Mean(Metric):
+class MeanSquare(Metric):
     """Mean of the squares over the elements."""
 
     def __call__(self, error: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class Mean(Metric):
 
 
 @dataclass(frozen=True)
-class HalfSum(Metric):
+class HalfSquareSum(Metric):
     """Half the sum of the squares: in nats with the weighting "likelihood" (Song et al.'s ``reduce_mean=False``)."""
 
     def __call__(self, error: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ class MeanAbsolute(Metric):
 
 
 METRICS: Mapping[str, type[Metric]] = Table(Metric, {
-    "mean": Mean,
-    "half_sum": HalfSum,
+    "mean": MeanSquare,
+    "half_sum": HalfSquareSum,
     "pseudo_huber": PseudoHuber,
     "l1": MeanAbsolute,
 })

@@ -136,6 +136,9 @@ class Objective(nn.Module):
         """
         if rng is not None and (not isinstance(rng, torch.Generator) or rng.device.type != "cpu"):
             raise TypeError(f"`rng` must be a torch.Generator on the CPU, or None, got {rng!r}.")
+        phase = next(iter(self.phases)) if phase is None else phase
+        if phase not in self.phases:
+            raise ValueError(f"There is no phase {phase!r}; there are: {', '.join(self.phases)}.")
         batch = Batch(data, condition or {})
         if not isinstance(data, Tensor) or (data.device.type == "cpu" and not torch.compiler.is_compiling()):
             self.check(batch)
@@ -145,7 +148,7 @@ class Objective(nn.Module):
         batch = Batch(data.to(device), mapped(lambda value: value.to(device), batch.condition))
         streams = Streams(seed, range(len(data)), len(data), device=device)
         at = At(0, 1, streams, averages or {})
-        mean: Tensor = self(phase or next(iter(self.phases)), batch, at).mean()
+        mean: Tensor = self(phase, batch, at).mean()
         return mean
 
     def result(self) -> nn.Module:

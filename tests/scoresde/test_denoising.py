@@ -241,6 +241,10 @@ def test_a_loop_of_your_own(name):
         objective.loss(torch.zeros(3, 7))
     with pytest.raises(TypeError, match="int64"):
         objective.loss(data, {"class_label": labels.float()})
+    with pytest.raises(ValueError, match="train"):
+        objective.loss(data, phase="generator")
+    with pytest.raises(ValueError, match=r"\(6\)"):
+        objective.loss(data, {"class_label": labels[:3]})
     with pytest.raises(ValueError, match="class_lable"):
         objective.loss(data, {"class_lable": labels})
 
@@ -329,7 +333,7 @@ def test_bad_arguments_are_named():
             objective.at_times(*arguments)
     with pytest.raises(TypeError, match="level"):
         chain.at_times(x_0, t, noise)
-    with pytest.raises(ValueError, match=r"0..99"):
+    with pytest.raises(ValueError, match=r"0\.\.99"):
         chain.at_times(x_0, torch.tensor([0, 1, 2, 100]), noise)
 
 

@@ -12,12 +12,11 @@ from scoresde import (
     VPSDE,
     ClassifierFreeGuidance,
     DataSpec,
+    DenoisingScoreMatching,
     GaussianMixture,
     ScoreModel,
     bits_per_dim,
-    chain_loss,
     config,
-    continuous_loss,
     divergence,
     from_pretrained,
     inpaint,
@@ -31,46 +30,7 @@ from scoresde import (
 )
 from scoresde.data.conditions import classes
 
-
-class Zero(nn.Module):
-    """Answers zero times its parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def forward(self, x, level, **condition):
-        self.condition = condition
-        return 0.0 * self.weight * x
-
-
 LAWS = [VPSDE(), VPSDE().discretize(50)]
-
-
-@pytest.mark.parametrize("law", LAWS, ids=["sde", "chain"])
-def test_the_loss_takes_data_units(law):
-    """An answer of 0 for x_0 costs the mean square of the encoded data: of integers k = 8 in 0 … 16 with u uniform,
-    (u - 1/2)^2 / 8.5^2 = 1 / (12 * 8.5^2). 4096 draws of (u - 1/2)^2 have a relative standard error of
-    sqrt(4 / 5) / 64 = 0.014."""
-    spec = DataSpec((1, 8, 8), 17)
-    model = ScoreModel(Zero(), law, "data", data_spec=spec)
-    data = torch.full((64, 1, 8, 8), 8)
-    rng = torch.Generator().manual_seed(0)
-    loss = model.loss(data, rng=rng, weighting="raw", condition={"y": 1})
-    assert abs(loss.item() * 12 * 8.5**2 - 1) < 4 * 0.014 and model.network.condition == {"y": 1}
-    with pytest.raises(ValueError, match="already scaled"):
-        model.loss(model.encode(data - 1))
-    with pytest.raises(TypeError, match="tensor"):
-        model.loss([[0.0]])
-    x = torch.randn(5, 3)
-    plain = ScoreModel(Zero(), law, "data")
-    torch.testing.assert_close(plain.loss(x, weighting="raw"), x.square().mean())
-    # the same as the functions, with gradients
-    whole = continuous_loss if law is LAWS[0] else chain_loss
-    again = whole(plain, x, rng=torch.Generator().manual_seed(3)).value
-    loss = plain.loss(x, rng=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(loss, again)
-    assert loss.requires_grad
 
 
 def mlp(law):
@@ -138,7 +98,7 @@ def test_classes_that_are_none_are_refused(labels, error, words):
         lambda: model.reverse().given(**condition),
         lambda: sample(model.reverse(), (3, 2), "ddim", steps=2, condition=condition),
         lambda: model.sample(3, "ddim", steps=2, condition=condition),
-        lambda: model.loss(torch.zeros(3, 2), condition=condition),
+        lambda: DenoisingScoreMatching(model).loss(torch.zeros(3, 2), condition),
     ):
         with pytest.raises(error, match=words):
             door()

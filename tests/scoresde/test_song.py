@@ -10,10 +10,9 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from scoresde import chain_loss, continuous_loss, log_likelihood
+from scoresde import DenoisingScoreMatching, log_likelihood
 from scoresde.likelihood.divergence import value_and_traces
 from scoresde.likelihood.probes import Probes
-from scoresde.objectives import Objective
 from scoresde.pretrained import load_pretrained
 from scoresde.pretrained.score_sde import entries, read_checkpoint
 from scoresde.training import Averages
@@ -277,16 +276,13 @@ def test_losses_and_their_gradients(golden, name):
     x = x if meta["centered"] else 2.0 * x - 1.0
     noise = torch.from_numpy(z["z"])
     for variant in (k for k in z if k.startswith(("sde_", "smld_", "ddpm_")) and "/" not in k):
-        reduce = "mean" if variant.endswith("rm1") else "half_sum"
+        metric = "mean" if variant.endswith("rm1") else "half_sum"
         model.zero_grad()
-        if variant.startswith("sde_"):
-            weighting = "likelihood" if "lw1" in variant else "uniform"
-            t = torch.from_numpy(z["t"])
-            value = continuous_loss(model, x, weighting=weighting, reduce=reduce, t=t, noise=noise).value
-        else:
-            index = torch.from_numpy(z["draw"])
-            index = model.law.n - 1 - index if name.startswith("ve") else index
-            value = chain_loss(model, x, reduce=reduce, index=index, noise=noise).value
+        t = torch.from_numpy(z["t"] if variant.startswith("sde_") else z["draw"])
+        if variant.startswith("smld_"):
+            t = model.law.n - 1 - t  # their table runs downward
+        weighting = "likelihood" if "lw1" in variant else "uniform"
+        value = DenoisingScoreMatching(model, weighting=weighting, metric=metric).at_times(x, t, noise).mean()
         torch.testing.assert_close(float(value.detach()), float(z[variant]), rtol=1e-5, atol=0)
         value.backward()
         recorded = dict(zip(names, z[f"{variant}/grad_norms"].tolist(), strict=True))
@@ -296,14 +292,6 @@ def test_losses_and_their_gradients(golden, name):
             assert abs(norm - want) < 1e-3 * want + 1e-6 * largest, (variant, parts)
 
 
-class Followed(Objective):
-    """A model whose weights are averaged."""
-
-    def __init__(self, model, decay):
-        super().__init__()
-        self.model, self.ema_decay = model, decay
-
-
 def test_three_training_steps(golden):
     """Losses, clipped gradients, rates, raw and averaged weights of the recorded steps; both kinds restored."""
     with np.load(golden / "train.npz") as file:
@@ -311,7 +299,9 @@ def test_three_training_steps(golden):
     meta = json.loads(str(z["meta"]))
     optim = meta["optim"]
     model, network_meta, _ = load(golden, meta["net"])
-    averages = Averages(Followed(model, meta["ema_rate"]))
+    objective = DenoisingScoreMatching(model, metric="half_sum")
+    objective.ema_decay = meta["ema_rate"]
+    averages = Averages(objective)
     optimizer = torch.optim.Adam(model.parameters(), lr=optim["lr"], betas=(optim["beta1"], 0.999), eps=optim["eps"])
     for i in range(3):
         rate = optim["lr"] * min((i + 1) / optim["warmup"], 1.0)
@@ -320,7 +310,7 @@ def test_three_training_steps(golden):
         t = torch.from_numpy(z["u"][i]) * (1.0 - 1e-5) + 1e-5
         x, noise = 2.0 * torch.from_numpy(z["x"][i]) - 1.0, torch.from_numpy(z["z"][i])
         optimizer.zero_grad()
-        loss = continuous_loss(model, x, reduce="half_sum", t=t, noise=noise).value
+        loss = objective.at_times(x, t, noise).mean()
         loss.backward()
         torch.testing.assert_close(float(loss.detach()), float(z["loss"][i]), rtol=1e-5, atol=0)
         torch.nn.utils.clip_grad_norm_(model.parameters(), optim["grad_clip"])

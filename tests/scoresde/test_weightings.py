@@ -12,7 +12,7 @@ from scoresde.objectives import (
     WEIGHTINGS,
     DenoisingScoreMatching,
     EDMWeighting,
-    HalfSum,
+    HalfSquareSum,
     LikelihoodWeighting,
     MinSNRWeighting,
     P2Weighting,
@@ -192,7 +192,7 @@ def test_likelihood_on_an_sde_is_the_integrand_of_the_bound():
     """With importance times and half sums, a loss times the duration is the range of lambda times |eps_hat - eps|^2."""
     law = VPSDE()
     t, x_0, noise, data = batch(law)
-    objective = DenoisingScoreMatching(answering(law, "noise", data), "importance", "likelihood", HalfSum())
+    objective = DenoisingScoreMatching(answering(law, "noise", data), "importance", "likelihood", HalfSquareSum())
     losses = objective.at_times(x_0, t, noise) * (law.t_max - law.t_min)
     span = law.knot(law.t_min).half_log_snr - law.knot(law.t_max).half_log_snr
     knot = law.knot(t, ndim=2)
