@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import scoresde._neighbours  # noqa: F401  (before the imports that it checks)
-from scoresde.codecs import CODECS, Affine, Codec
+from scoresde.codecs import CODECS, PCA, Affine, Codec, Haar
 from scoresde.data import (
     DATASETS,
     Arrays,
@@ -270,6 +270,7 @@ __all__ = [
     "NOISE_LEVELS",
     "OBJECTIVES",
     "PARAMETERIZATIONS",
+    "PCA",
     "PROBES",
     "RK4",
     "SDE",
@@ -342,6 +343,7 @@ __all__ = [
     "Geometric",
     "GottaGoFast",
     "Grid",
+    "Haar",
     "HaarProbes",
     "HalfLogSNR",
     "HalfLogSNRTimes",

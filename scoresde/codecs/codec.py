@@ -44,6 +44,12 @@ class Codec(nn.Module):
         then no likelihood of data exists, and every one refuses."""
         return None
 
+    def scales(self, like: Tensor) -> Tensor | None:
+        """Standard deviations of all elements of z, (*data_shape) like a tensor, under independent noise of deviation 1
+        of all elements of x, where that of z is independent, too: where every element has a scale, or all have one and
+        are rotated. None elsewhere."""
+        return None
+
     def encode(self, z: Tensor, draw: Any = None) -> Tensor:
         """Real data to states, in the dtype of z. `draw` is the noise of codecs that are random."""
         raise NotImplementedError

@@ -77,7 +77,6 @@ def aligned(asked: str, codec: Codec) -> Affine:
 
 def noise_in_bins(codec: Codec, knot: Knot) -> float:
     """The noise of a knot, sigma / alpha, in widths of a bin: of the element where it is narrowest; 0 for a codec that
-    mixes the elements."""
-    if not isinstance(codec, Affine):
-        return 0.0
-    return float(codec.scales(torch.empty((), dtype=torch.float64)).min()) * math.exp(-float(knot.half_log_snr))
+    mixes the noise of the elements."""
+    scales = codec.scales(torch.empty((), dtype=torch.float64))
+    return 0.0 if scales is None else float(scales.min()) * math.exp(-float(knot.half_log_snr))

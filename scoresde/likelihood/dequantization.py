@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from scoresde.codecs import Codec
-from scoresde.likelihood.bins import aligned, noise_in_bins
+from scoresde.likelihood.bins import noise_in_bins
 from sde_lib import Knot, lookup
 
 
@@ -46,16 +46,23 @@ def truncated_normal(codec: Codec, knot: Knot) -> Dequantization:
     r"""The model's own noise at t_min, cut off at the edges of the bin.
 
     :math:`x = x_k + (\sigma / \alpha)\, e` with e standard normal on :math:`(-\tau, \tau)`,
-    :math:`\tau = \alpha / (2 s \sigma)` for bins of width 1 / s in model units, s of every element: the state
-    :math:`\alpha x` has the law that the network was trained on, where uniform noise is wider than anything it knows.
+    :math:`\tau = \alpha / (2 s \sigma)` for bins of width 1 / s in model units, s of every element (one for all where
+    the codec is a rotation, under which this noise stays what it is): the state :math:`\alpha x` has the law that the
+    network was trained on, where uniform noise is wider than anything it knows.
     There is no truncation at t_min left to correct: the probability of the bin is that of the density at t_min itself.
 
     Source: Zheng et al. 2023, arXiv:2305.03935, section 4.1.
     """
-    affine = aligned("Truncated-normal dequantization", codec)
+    if codec.scales(torch.empty(0)) is None:
+        raise ValueError(
+            f"Truncated-normal dequantization needs independent noise of all elements, and the codec {codec.name!r} "
+            'mixes it: take dequantization="uniform", which is exact under every bijection.'
+        )
 
     def draw(data: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        ratio = affine.scales(noise) * math.exp(-float(knot.half_log_snr))  # the noise in units of the bin
+        scales = codec.scales(noise)
+        assert scales is not None
+        ratio = scales * math.exp(-float(knot.half_log_snr))  # the noise in units of the bin
         tau = 0.5 / ratio
         half = 0.5 * torch.erf(tau / math.sqrt(2.0))
         constant = -0.5 * math.log(2.0 * math.pi) - (2.0 * half).log() - ratio.log()
@@ -82,7 +89,7 @@ def name_of(what: str | Dequantization, codec: Codec, knot: Knot) -> str:
 
     "auto" is the truncated normal where the noise at t_min is wide enough to fill the bin of every element, and uniform
     elsewhere: a narrow normal would leave out most of the bin over which a model trained on dequantized data has spread
-    its mass. Under a codec that mixes the elements it is uniform.
+    its mass. Under a codec that mixes their noise it is uniform.
     """
     if what == "auto":
         return "truncated_normal" if noise_in_bins(codec, knot) >= AUTO else "uniform"

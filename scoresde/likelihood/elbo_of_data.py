@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from scoresde.codecs import Affine
 from scoresde.data.conditions import mapped
 from scoresde.data.spec import DataSpec
 from scoresde.likelihood.bins import noise_in_bins
@@ -117,7 +118,8 @@ def elbo_of_data(
         raise ValueError(f"`dequantization` must be auto, none or uniform, got {dequantization!r}.")
     if dequantization == "auto":
         first = law.levels[0] if isinstance(law, Chain) else law.knot(law.t_min)
-        dequantization = "none" if noise_in_bins(codec, first) >= AUTO else "uniform"
+        boxes = isinstance(codec, Affine) and noise_in_bins(codec, first) >= AUTO
+        dequantization = "none" if boxes else "uniform"
     discrete = spec.levels is not None and dequantization == "none"
     given = {"sigma_data": model.sigma_data, **options}
     if discrete:

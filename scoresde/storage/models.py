@@ -83,7 +83,8 @@ def build_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where:
     Raises:
         CheckpointError: if they do not fit; before memory is taken.
     """
-    floating = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    weights = [value for name, value in tensors.items() if not name.startswith("codec.")]  # a codec keeps its own dtype
+    floating = {value.dtype for value in weights if value.is_floating_point()}
     dtype = floating.pop() if len(floating) == 1 else None  # a model saved in float64 comes back in float64
     check_tensors(tensors, _skeleton(config, tensors, dtype, where), where)
     bad = not_finite(tensors)

@@ -211,7 +211,7 @@ def test_what_a_codec_cannot_do_is_said():
     for function in (bits_per_dim, elbo_of_data):
         with pytest.raises(ValueError, match=f"{function.__name__} needs a codec that is a bijection.*score states"):
             function(squeezed, CODES)
-    with pytest.raises(ValueError, match=r"Truncated-normal dequantization needs every element.*'turned' mixes them"):
+    with pytest.raises(ValueError, match=r"Truncated-normal dequantization needs independent.*'turned' mixes it"):
         bits_per_dim(turned, CODES, dequantization="truncated_normal")
     with pytest.raises(ValueError, match=r"decoder of integers needs every element.*'turned' mixes them"):
         elbo_of_data(turned, CODES, dequantization="none")
