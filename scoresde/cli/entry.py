@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -12,7 +14,7 @@ from scoresde.cli import compare, configs, convert, demo, likelihood, sample, tr
 from scoresde.cli.conditions import PREFIX, split_conditions
 from scoresde.cli.own_code import HELP as IMPORT
 from scoresde.cli.own_code import own_code
-from scoresde.cli.processes import processes
+from scoresde.cli.processes import process_group, processes
 
 COMMANDS: Mapping[str, ModuleType] = {
     "train": train,
@@ -25,10 +27,18 @@ COMMANDS: Mapping[str, ModuleType] = {
 }
 """Name -> its room: `HELP`, `arguments(parser)`, and `run(arguments, overrides)`."""
 
+DIVIDED = ("sample", "likelihood", "compare")
+"""Commands whose work the processes of torchrun divide; `train` makes a group of its own."""
+
 _EPILOG = """\
 Any field of the configuration can be set: --config.training.batch_size=64 --config.sde.name=ve.
 `scoresde configs` lists the shipped configurations; `scoresde COMMAND --help` explains a command.
+`torchrun --nproc_per_node=N -m -- scoresde COMMAND …` has N processes do train, sample, likelihood or compare.
 """
+
+
+_MISTAKES = (ArithmeticError, ImportError, OSError, TypeError, ValueError)
+"""What the library raises for bad input."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,12 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser().parse_known_args(argv)
     named = f"scoresde {arguments.command}"
     try:
-        if processes() > 1 and arguments.command not in ("train", "likelihood"):
+        divided = arguments.command in DIVIDED
+        if processes() > 1 and not divided and arguments.command != "train":
             raise ValueError("this command runs in one process: start it without torchrun.")
         arguments.condition, overrides = split_conditions(_joined(rest))
         if arguments.condition and not getattr(arguments, "takes_conditions", False):
             raise ValueError("--condition.NAME=VALUE is for the commands sample, likelihood and compare.")
-        with own_code(arguments.imports):
+        with own_code(arguments.imports), process_group() if divided else nullcontext():
             arguments.run(arguments, overrides)
     except KeyboardInterrupt:
         print(f"{named}: interrupted", file=sys.stderr)
@@ -71,14 +82,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.traceback:
             raise
+        code = 2 if isinstance(error, _MISTAKES) else 1
+        if processes() > 1 and _said_by_another(error):
+            return code
         text = " ".join(str(error).split())
-        # what the library raises for bad input
-        if isinstance(error, ArithmeticError | ImportError | OSError | TypeError | ValueError):
-            print(f"{named}: error: {text}", file=sys.stderr)
-            return 2
-        print(f"{named}: {type(error).__name__}: {text[:400]} (`scoresde --traceback` shows where)", file=sys.stderr)
-        return 1
+        unforeseen = f"{type(error).__name__}: {text[:400]} (`scoresde --traceback` shows where)"
+        print(f"{named}: {f'error: {text}' if code == 2 else unforeseen}", file=sys.stderr)
+        return code
     return 0
+
+
+def _said_by_another(error: Exception) -> bool:
+    """Whether the first process has this error, too, and this is another one."""
+    from scoresde.storage.processes import told
+
+    return told(error) and os.environ["RANK"] != "0"
 
 
 def _joined(rest: list[str]) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scoresde.cli.conditions import add_conditions, add_given, condition_of_data
 from scoresde.cli.output import drawn
-from scoresde.cli.processes import process_group
 from scoresde.cli.runs import from_run, open_run
+
+if TYPE_CHECKING:
+    from scoresde import ScoreModel
+    from scoresde.data import Split
 
 HELP = "Score held-out data under a trained model, in bits/dim."
 
@@ -32,12 +35,50 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Score held-out data: a row per sample, a summary and pictures."""
     import json
 
-    from scoresde import config
     from scoresde.data.conditions import mapped
     from scoresde.likelihood import bits_per_dim, elbo_of_data
     from scoresde.likelihood.pictures import budget, convergence, histogram
     from scoresde.storage.files import write_whole
+    from scoresde.storage.processes import process, together
     from sde_lib import Chain
+
+    model, scored, condition, options = together(lambda: _prepared(arguments, overrides))
+    data = scored.data
+    out = Path(arguments.out or Path(arguments.workdir or ".") / "likelihood")
+    summary: dict[str, Any] = {}
+    pictures: dict[str, Callable[[Path], object]] = {}
+    if not isinstance(model.law, Chain):
+        result = bits_per_dim(
+            model, data, condition=condition, path=out / "likelihood.csv", resume=not arguments.restart, **options
+        )
+        _say(f"{len(data)} held-out samples: {result}")
+        summary = result.summary()
+        pictures["likelihood.png"] = lambda path: histogram(result, path)
+        pictures["budget.png"] = lambda path: budget(result, path)
+    if arguments.elbo or isinstance(model.law, Chain):
+        kept = {name: options[name] for name in ("seed", "batch_size")}
+        bound = elbo_of_data(model, data, condition=condition, **kept)
+        _say(f"{len(data)} held-out samples: {bound}")
+        summary["elbo"] = bound.summary()
+    if process()[0] > 0:
+        return
+    if arguments.convergence and not isinstance(model.law, Chain):
+        given = mapped(lambda value: value[:8].to(model.device), condition)
+        x = model.encode(data[:8]).to(model.device, model.dtype)
+        settled = convergence(model.reverse(given), x, seed=options["seed"], sigma_data=model.sigma_data)
+        print(settled.table())
+        summary["convergence"] = vars(settled)
+        pictures["convergence.png"] = settled.plot
+    write_whole(out / "likelihood.json", json.dumps(summary, indent=1) + "\n")
+    written = ["likelihood.json", *(["likelihood.csv"] if pictures else []), *drawn(pictures, out)]
+    print(f"written to {out}: {', '.join(written)}")
+
+
+def _prepared(
+    arguments: argparse.Namespace, overrides: list[str]
+) -> tuple[ScoreModel, Split, dict[str, Any], dict[str, Any]]:
+    """Model, what is scored, its conditions, and how."""
+    from scoresde import config
 
     settings, model, _ = open_run(arguments, overrides)
     options = {k: v for k, v in settings.likelihood.items() if v is not None}
@@ -49,34 +90,12 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if n is not None and not 1 <= n <= len(held_out):
         raise ValueError(f"likelihood.n must be in 1 … {len(held_out)} (the held-out samples), got {n}.")
     scored = held_out.rows(slice(n))
-    data, condition = scored.data, condition_of_data(arguments, scored, model.data_spec)
-    out = Path(arguments.out or Path(arguments.workdir or ".") / "likelihood")
-    summary: dict[str, Any] = {}
-    pictures: dict[str, Callable[[Path], object]] = {}
-    with process_group() as first:
-        if not isinstance(model.law, Chain):
-            result = bits_per_dim(
-                model, data, condition=condition, path=out / "likelihood.csv", resume=not arguments.restart, **options
-            )
-        if not first:
-            return
-        if not isinstance(model.law, Chain):
-            print(f"{len(data)} held-out samples: {result}")
-            summary = result.summary()
-            pictures["likelihood.png"] = lambda path: histogram(result, path)
-            pictures["budget.png"] = lambda path: budget(result, path)
-            if arguments.convergence:
-                given = mapped(lambda value: value[:8].to(model.device), condition)
-                x = model.encode(data[:8]).to(model.device, model.dtype)
-                settled = convergence(model.reverse(given), x, seed=options["seed"], sigma_data=model.sigma_data)
-                print(settled.table())
-                summary["convergence"] = vars(settled)
-                pictures["convergence.png"] = settled.plot
-        if arguments.elbo or isinstance(model.law, Chain):
-            kept = {name: options[name] for name in ("seed", "batch_size")}
-            bound = elbo_of_data(model, data, condition=condition, **kept)
-            print(f"{len(data)} held-out samples: {bound}")
-            summary["elbo"] = bound.summary()
-        write_whole(out / "likelihood.json", json.dumps(summary, indent=1) + "\n")
-        written = ["likelihood.json", *(["likelihood.csv"] if pictures else []), *drawn(pictures, out)]
-        print(f"written to {out}: {', '.join(written)}")
+    return model, scored, condition_of_data(arguments, scored, model.data_spec), options
+
+
+def _say(text: str) -> None:
+    """A line of the first process."""
+    from scoresde.storage.processes import process
+
+    if process()[0] == 0:
+        print(text)

@@ -14,16 +14,21 @@ def processes() -> int:
 
 
 @contextmanager
-def process_group() -> Iterator[bool]:
-    """The processes that torchrun started, if it did, as one group; gives whether this is the first of them."""
+def process_group() -> Iterator[None]:
+    """The processes that torchrun started, if it did, as one group, unless they are one already."""
+    if processes() == 1:
+        yield
+        return
     import torch
 
+    from scoresde.storage.processes import PATIENCE
+
     d = torch.distributed
-    if processes() == 1 or d.is_initialized():
-        yield not d.is_initialized() or d.get_rank() == 0
+    if d.is_initialized():
+        yield
         return
-    d.init_process_group("gloo")  # rows of figures are exchanged: they lie on the CPU
+    d.init_process_group("gloo", timeout=PATIENCE)  # rows and figures are exchanged: they lie on the CPU
     try:
-        yield d.get_rank() == 0
+        yield
     finally:
         d.destroy_process_group()

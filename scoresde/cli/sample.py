@@ -11,7 +11,10 @@ from scoresde.cli.conditions import add_conditions, condition_of, given_conditio
 from scoresde.cli.runs import from_run, open_run
 
 if TYPE_CHECKING:
+    from ml_collections import ConfigDict
     from torch import Tensor
+
+    from scoresde import ScoreModel
 
 HELP = "Draw samples from a trained model."
 
@@ -31,12 +34,28 @@ def arguments(p: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Draw samples into a file."""
-    import numpy as np
+    from scoresde.storage.processes import process, together
+    from scoresde.training import draw_samples
+
+    settings, model, file, out, condition = together(lambda: _prepared(arguments, overrides))
+    samples = draw_samples(model, settings, condition=condition, progress=None)
+    if process()[0] > 0:
+        return
+    _write(samples.data, condition, model, out)
+    print(
+        f"{len(samples.data)} samples by {settings.sampling.solver.name}, "
+        f"{samples.nfe.double().mean():.4g} network calls each, {samples.seconds:.1f} s, from {file}: {out}"
+    )
+
+
+def _prepared(
+    arguments: argparse.Namespace, overrides: list[str]
+) -> tuple[ConfigDict, ScoreModel, Path, Path, dict[str, Any]]:
+    """Configuration, model and its file, where samples go, and their conditions."""
     import torch
 
     from scoresde import config
-    from scoresde.images import picture, save_png
-    from scoresde.training import draw_samples
+    from scoresde.images import picture
 
     settings, model, file = open_run(arguments, overrides)
     s = settings.sampling
@@ -55,21 +74,24 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise ValueError(f"--out must end in .png, .npy or .npz, got {out.name!r}.")
     if out.suffix == ".png" and picture(torch.zeros(1, *spec.shape), spec) is None:
         raise ValueError(f"Samples of shape {tuple(spec.shape)} have no picture: use --out=samples.npy.")
-    condition = condition_of(given_conditions(arguments), spec, s.n)
-    samples = draw_samples(model, settings, condition=condition, progress=None)
+    return settings, model, file, out, condition_of(given_conditions(arguments), spec, s.n)
+
+
+def _write(data: Tensor, condition: Mapping[str, Any], model: ScoreModel, out: Path) -> None:
+    """Samples as a picture, or as arrays."""
+    import numpy as np
+
+    from scoresde.images import picture, save_png
+
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".png":
-        image = picture(samples.data, spec)
+        image = None if model.data_spec is None else picture(data, model.data_spec)
         if image is not None:
             save_png(image, out)
     elif out.suffix == ".npy":
-        np.save(out, samples.data.numpy())
+        np.save(out, data.numpy())
     else:
-        np.savez(out, **_arrays(samples.data, condition))
-    print(
-        f"{s.n} samples by {s.solver.name}, {samples.nfe.double().mean():.4g} network calls each, "
-        f"{samples.seconds:.1f} s, from {file}: {out}"
-    )
+        np.savez(out, **_arrays(data, condition))
 
 
 def _arrays(data: Tensor, condition: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from scoresde.likelihood.scores import ScoreFile, fingerprint
 from scoresde.likelihood.scoring import Job, scored
 from scoresde.models.score_model import ScoreModel
 from scoresde.storage.models import usable_device
-from scoresde.storage.processes import process
+from scoresde.storage.processes import hosts, process, together
 from sde_lib import SDE
 from sde_lib._checks import check_count
 
@@ -105,12 +105,16 @@ def bits_per_dim(
         todo = [i for i in range(len(data)) if i not in done][rank::world]
         batches = [todo[low : low + batch_size] for low in range(0, len(todo), batch_size)]
         disable = rank > 0 or None if progress is None else not progress
-        with tqdm(total=len(todo), desc="bits/dim", unit="sample", disable=disable, file=sys.stderr) as bar:
-            for part, rows in scored(model, job, data, condition, batches, devices):
-                done.update(zip(part, rows, strict=True))
-                if file is not None:
-                    file.add({i: done[i] for i in part})
-                bar.update(len(part))
+
+        def score() -> None:
+            with tqdm(total=len(todo), desc="bits/dim", unit="sample", disable=disable, file=sys.stderr) as bar:
+                for part, rows in scored(model, job, data, condition, batches, devices):
+                    done.update(zip(part, rows, strict=True))
+                    if file is not None:
+                        file.add({i: done[i] for i in part})
+                    bar.update(len(part))
+
+        together(score)
         done = _gathered(done)
         if file is not None:
             file.merge(done)
@@ -156,5 +160,5 @@ def _gathered(done: dict[int, list[float]]) -> dict[int, list[float]]:
     if world == 1:
         return done
     parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, done)
+    torch.distributed.all_gather_object(parts, done, group=hosts())
     return {i: row for part in parts for i, row in part.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,14 @@ from scoresde.likelihood.dequantization import AUTO
 from scoresde.likelihood.doors import check_condition, check_density, check_options, check_volume
 from scoresde.likelihood.elbo import elbo
 from scoresde.models.score_model import ScoreModel
+from scoresde.storage.processes import Shares, first_tells, process, together
 from sde_lib import Chain
 from sde_lib._checks import check_count
 from sde_lib.reverse import select_rows
 from solvers import PerSample
+
+_COLUMNS = ("nats", "standard_error", "reconstruction", "diffusion", "prior", "nfe")
+"""Of a `Bound`, a number per sample."""
 
 
 @dataclass
@@ -82,6 +86,8 @@ def elbo_of_data(
 ) -> DataBound:
     """Bits per dimension of a data set by `elbo`: of integers where the data have levels, else of the density.
 
+    In a process group of `torch.distributed` the processes divide the batches, and all get the whole result.
+
     Args:
         model: a score model on an SDE or a chain, with a data specification.
         data: (N, *D) in data units, checked. All are scored, in batches.
@@ -124,17 +130,25 @@ def elbo_of_data(
     given = {"sigma_data": model.sigma_data, **options}
     if discrete:
         given |= {"data_spec": spec, "codec": codec}
-    bounds, disable = [], None if progress is None else not progress
-    with tqdm(total=len(data), desc="elbo", unit="sample", disable=disable, file=sys.stderr) as bar:
-        for low in range(0, len(data), batch_size):
-            rows = torch.arange(low, min(low + batch_size, len(data)))
-            part = mapped(lambda value: value.to(model.device), select_rows(condition, rows))
-            rng = PerSample([seed * 2**32 + i for i in rows.tolist()])
-            x = _states(model, spec, data[rows].to(model.device), rng, discrete)
-            bounds.append(elbo(model.reverse(), x, rng=rng, condition=part, **given))
-            bar.update(len(x))
+    shares = Shares(len(data), batch_size)
+    disable = process()[0] > 0 or (None if progress is None else not progress)
+
+    def score() -> list[Bound]:
+        bounds, total = [], sum(map(len, shares.mine))
+        with tqdm(total=total, desc="elbo", unit="sample", disable=disable, file=sys.stderr) as bar:
+            for rows in map(list, shares.mine):
+                part = mapped(lambda value: value.to(model.device), select_rows(condition, torch.tensor(rows)))
+                rng = PerSample([seed * 2**32 + i for i in rows])
+                x = _states(model, spec, data[rows].to(model.device), rng, discrete)
+                bounds.append(elbo(model.reverse(), x, rng=rng, condition=part, **given))
+                bar.update(len(x))
+        return bounds
+
+    bounds = together(score)
+    column = {name: shares.all([getattr(bound, name) for bound in bounds]) for name in _COLUMNS}
+    what = first_tells(lambda: bounds[0].what)
     dequantized = "" if discrete or spec.levels is None else f", {spec.levels} levels dequantized uniformly"
-    return _in_bits(bounds, spec.dims, 0.0 if discrete else -volume, dequantized)
+    return _in_bits(column, spec.dims, 0.0 if discrete else -volume, what + dequantized)
 
 
 def _states(model: ScoreModel, spec: DataSpec, batch: Tensor, rng: PerSample, discrete: bool) -> Tensor:
@@ -146,13 +160,10 @@ def _states(model: ScoreModel, spec: DataSpec, batch: Tensor, rng: PerSample, di
     return model.encode(batch, u, dtype=torch.float64).to(model.dtype)
 
 
-def _in_bits(bounds: Sequence[Bound], dims: int, jacobian: float, dequantized: str) -> DataBound:
-    """Of the bounds of all batches, in nats, that of the data, of so many dimensions: plus -log |det dx / dz|."""
+def _in_bits(found: Mapping[str, Tensor], dims: int, jacobian: float, what: str) -> DataBound:
+    """Of the bounds of all samples, in nats, that of the data, of so many dimensions: plus -log |det dx / dz|."""
     bits = dims * math.log(2.0)
-    column = {
-        name: torch.cat([getattr(bound, name) for bound in bounds]) / bits
-        for name in ("nats", "standard_error", "reconstruction", "diffusion", "prior")
-    }
+    column = {name: values if name == "nfe" else values / bits for name, values in found.items()}
     figures = column["nats"] + jacobian / bits
     return DataBound(
         mean=float(figures.mean()),
@@ -162,6 +173,6 @@ def _in_bits(bounds: Sequence[Bound], dims: int, jacobian: float, dequantized: s
         reconstruction=column["reconstruction"] + jacobian / bits,
         diffusion=column["diffusion"],
         prior=column["prior"],
-        nfe=torch.cat([bound.nfe for bound in bounds]),
-        what=bounds[0].what + dequantized,
+        nfe=column["nfe"],
+        what=what,
     )

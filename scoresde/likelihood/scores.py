@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scoresde.models.score_model import ScoreModel
 from scoresde.storage.files import parse_json, write_whole
-from scoresde.storage.processes import first_tells, process
+from scoresde.storage.processes import first_tells, process, together
 from scoresde.storage.rows import RowFile, read_lines
 
 COLUMNS = (
@@ -55,9 +55,13 @@ class ScoreFile:
         self.path, self._rank = path, process()[0]
         self.settings = json.loads(json.dumps(settings))
         self.rows: dict[int, list[float]] = first_tells(lambda: self._opened(resume))
+        together(self._beside)
+
+    def _beside(self) -> None:
+        """In the other processes: a file of their own."""
         if self._rank:
-            name = f"{path.stem}.rank{self._rank}{path.suffix}"
-            self._file = RowFile(path.with_name(name), lambda _: self._head(), exclusive=False)
+            name = f"{self.path.stem}.rank{self._rank}{self.path.suffix}"
+            self._file = RowFile(self.path.with_name(name), lambda _: self._head(), exclusive=False)
 
     def _opened(self, resume: bool) -> dict[int, list[float]]:
         """In the first process: the rows of all files, which are then in its own."""

@@ -66,18 +66,8 @@ def draw_samples(
     """
     from scoresde.guidance import ClassifierFreeGuidance
 
-    spec, s = model.data_spec, make_sampling(config)
-    if spec is None:
-        raise ConfigError("This model has no data specification, so its samples have no shape.")
-    n = s.n if n is None else n
-    _check_counts(s, n)
     condition = dict(condition or {})
-    try:
-        spec.check_condition(condition, n)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(one_line(error)) from error
-    if not condition and s.guidance != 1.0:
-        raise ConfigError(f"Guidance {s.guidance} needs a condition to guide to; give one, or leave guidance at 1.")
+    s, n = together(lambda: _checked(model, config, n, condition))
     started = time.perf_counter()
     disable = process()[0] > 0 or (None if progress is None else not progress)
     shares = Shares(n, s.batch_size, coupled=s.solver.batch_coupled)
@@ -97,6 +87,24 @@ def draw_samples(
     if data is None or nfe is None:
         data, nfe = torch.empty(0, *model.data_shape), torch.empty(0, dtype=torch.int64)
     return Samples(data, nfe, time.perf_counter() - started)
+
+
+def _checked(
+    model: ScoreModel, config: ConfigDict, n: int | None, condition: Mapping[str, Any]
+) -> tuple[Sampling, int]:
+    """What is asked for, and how many."""
+    spec, s = model.data_spec, make_sampling(config)
+    if spec is None:
+        raise ConfigError("This model has no data specification, so its samples have no shape.")
+    n = s.n if n is None else n
+    _check_counts(s, n)
+    try:
+        spec.check_condition(condition, n)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(one_line(error)) from error
+    if not condition and s.guidance != 1.0:
+        raise ConfigError(f"Guidance {s.guidance} needs a condition to guide to; give one, or leave guidance at 1.")
+    return s, n
 
 
 def check_sampling(config: ConfigDict, law: Law) -> None:

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,24 +96,6 @@ def test_likelihood_again_and_by_more_steps(trained, tmp_path, capsys):
     assert json.loads((out / "likelihood.json").read_text())["mean"] != figures["mean"]
 
 
-@pytest.mark.slow
-def test_likelihood_under_torchrun_is_that_of_one_process(trained, tmp_path):
-    """Every row is written once, and the summary is the same."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "scoresde"]
-    base = ["likelihood", f"--workdir={trained}", "--device=cpu"]
-    base += ["--config.likelihood.n=6", "--config.likelihood.batch_size=2"]  # torchrun takes --n for one of its own
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    words = [*command, *base, f"--out={tmp_path / 'two'}"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.count("6 held-out samples") == 1
-    assert main([*base, f"--out={tmp_path / 'one'}"]) == 0
-    files = [(tmp_path / n / "likelihood.csv").read_text().splitlines() for n in ("two", "one")]
-    assert [line.split(",")[0] for line in files[0]][2:] == list("012345") and files[0][:2] == files[1][:2]
-    means = [json.loads((tmp_path / n / "likelihood.json").read_text())["mean"] for n in ("two", "one")]
-    assert means[0] == pytest.approx(means[1], rel=1e-5)  # batches of another size round differently
-    assert not list((tmp_path / "two").glob("*rank*"))
-
-
 def test_likelihood_of_a_chain_is_its_bound(tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", "--config=digits_ddpm", "--workdir", str(run), *TINY[:-1]]) == 0
@@ -192,7 +172,7 @@ def test_mistakes_are_one_line_on_stderr_and_exit_code_2(trained, tmp_path, caps
 def test_commands_of_one_process_refuse_torchrun_and_defects_are_one_line(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["sample", f"--workdir={trained}"]) == 2 and "without torchrun" in capsys.readouterr().err
+    assert main(["demo"]) == 2 and "without torchrun" in capsys.readouterr().err
     monkeypatch.undo()
     monkeypatch.setattr("scoresde.training.draw_samples", lambda *a, **k: {}["what should\nnot happen"])
     assert main(["sample", f"--workdir={trained}", f"--out={tmp_path / 'a.npy'}"]) == 1
