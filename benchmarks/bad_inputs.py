@@ -469,6 +469,63 @@ train(toy("data.name=imagenet"), tmp)
 train(toy("data.shape=(3,)"), tmp)
 train(toy(), file_of("not a folder"))
 
+# own code, conditions
+configs.load("toy_ring", ["--config.network.name=nowhere:Net"])
+configs.load("toy_ring", ["--config.network.name=os:system"])
+configs.load("toy_ring", ["--config.network.name=subprocess:Popen"])
+configs.load("toy_ring", ["--config.network.name=torch.nn:Linea"])
+configs.load("toy_ring", ["--config.network.name=:"])
+configs.load("toy_ring", ["--config.network.Net.width=3"])
+configs.load("toy_ring", ["--config.network.name=mlp:"])
+configs.load("toy_ring", ["--config.objective.denoising.times.lognormal.men=3"])
+configs.load("toy_ring", ["--config.objective.denoising.times=uniform"])
+configs.load("toy_ring", ["--config.objective.denoising.times.name=torch.nn:Linear"])
+configs.use(toy(), "netwrk", "mlp")
+configs.use(toy(), "network", "mpl")
+configs.use(toy(), "network", "mlp", widht=3)
+configs.use(toy(), "network", "mlp", width="a")
+configs.use(toy(), "network", 3)
+configs.use(toy(), "network", None)
+configs.use(toy(), "network", dict)
+configs.use(toy(), "", "mlp")
+configs.use(None, "network", "mlp")
+configs.from_dict({"network": {"name": "nowhere:Net", "Net": {}}})
+configs.from_dict({"network": {"name": 3}})
+configs.from_dict({"network": {"name": None}})
+configs.from_dict({"objective": {"name": "denoising", "denoising": {"times": "uniform"}}})
+configs.from_dict({"codec": {"name": "affine", "affine": {"scale": "a"}}})
+configs.make_objective(toy("objective.name=denoisin"), model)
+configs.make_objective(toy("objective.denoising.times.name=lat"), model)
+configs.make_objective(toy("objective.name=edm", "objective.edm.times.lognormal.std=-1"), model)
+configs.make_objective(toy(), None)
+configs.make_codec(toy("codec.name=affin"), DataSpec((2,)))
+configs.make_codec(toy("codec.affine.scale=-1"), DataSpec((2,)))
+configs.make_codec(toy("codec.affine.per=pixel"), DataSpec((2,)))
+load_model(of(network={"name": "os:system", "system": {"command": "true"}}))
+load_model(of(network={"name": "nowhere:Net"}))
+load_model(of(sde={"name": "builtins:dict"}))
+train(toy("training.condition_dropout=2"), tmp)
+train(toy("training.condition_dropout=text:0.1"), tmp)
+train(toy("training.condition_dropout=a:b:c"), tmp)
+train(toy("training.condition_dropout=nan"), tmp)
+$ train --config=toy_ring --workdir=TMP --import=nowhere
+$ train --config=toy_ring --workdir=TMP --import=
+$ train --config=toy_ring --workdir=TMP --import=.relative
+$ train --config=toy_ring --workdir=TMP --config.network.name=nowhere:Net
+$ train --config=toy_ring --workdir=TMP --condition.y=3
+$ sample --workdir=RUN --out=TMP.npy --condition.y=1
+$ sample --workdir=RUN --out=TMP.npy --condition.y
+$ sample --workdir=RUN --out=TMP.npy --condition.=1
+$ sample --workdir=RUN --out=TMP.npy --condition.class_label=3
+$ sample --workdir=RUN --out=TMP.npy --solver=nowhere:Solver
+$ likelihood --workdir=RUN --given --out=TMP
+$ likelihood --workdir=RUN --given-class --out=TMP
+$ likelihood --workdir=RUN --given=text --out=TMP
+$ likelihood --workdir=RUN --condition.y=a.npy --out=TMP
+$ compare --config=toy_ring --solvers=heun --condition.y=3 --out=TMP
+$ compare --workdir=RUN --solvers=heun --condition.y=3 --out=TMP
+$ configs --condition.y=3
+
 # files
 load_model("nowhere")
 load_model(None)

@@ -10,6 +10,7 @@ from scoresde.config.defaults import defaults
 from scoresde.config.doors import (
     build,
     lookup_entry,
+    make_codec,
     make_data,
     make_exact,
     make_law,
@@ -39,6 +40,7 @@ __all__ = [
     "known",
     "load",
     "lookup_entry",
+    "make_codec",
     "make_data",
     "make_exact",
     "make_grid",

@@ -78,10 +78,12 @@ def no_field(config: ml_collections.ConfigDict, section: str, part: str, present
     near = difflib.get_close_matches(part, present, 1)
     if near:
         return f"{where} has no field {part!r}. Did you mean {near[0]!r}?"
+    if part[:1].isupper() and "name" in present:
+        return f"{where} has no field {part!r}; a class of your own is named first: {where}.name=module:{part}."
     leaves = [path for path, _ in flatten(config)]
     elsewhere = [path for path in leaves if path.rsplit(".", 1)[-1] == part]
     if not elsewhere:
-        last = difflib.get_close_matches(part, {path.rsplit(".", 1)[-1] for path in leaves}, 1)
+        last = difflib.get_close_matches(part, {path.rsplit(".", 1)[-1] for path in leaves}, 1, 0.75)
         elsewhere = [path for path in leaves if last and path.rsplit(".", 1)[-1] == last[0]]
     if elsewhere:
         return f"{where} has no field {part!r}. Did you mean config.{elsewhere[0]}?"

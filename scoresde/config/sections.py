@@ -148,13 +148,9 @@ def opened(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     Raises:
         ConfigError: see `own`.
     """
-    for path, place in places().items():
-        outer: Any = config
-        for part in path.split("."):
-            outer = outer[part]
-        for section, its_place in _within(outer, place):
-            if is_own(its_place, section["name"]):
-                own(section, its_place, section["name"])
+    for _, section, place in _sections(config):
+        if is_own(place, section["name"]):
+            own(section, place, section["name"])
     return config
 
 
@@ -169,10 +165,11 @@ def name_entries(config: ml_collections.ConfigDict, names: Iterable[tuple[str, A
         section: Any = config
         for part in field.split(".")[:-1]:
             section = section[part]
-        if isinstance(name, str):
-            section["name"] = name
-            if ":" in name:
-                opened(config)
+        if not isinstance(name, str):
+            raise ConfigError(f"config.{field} must be a name, got {name!r}.")
+        section["name"] = name
+        if ":" in name:
+            opened(config)
 
 
 def use(config: ml_collections.ConfigDict, path: str, entry: str | type, **options: Any) -> None:
@@ -186,9 +183,16 @@ def use(config: ml_collections.ConfigDict, path: str, entry: str | type, **optio
 
     Raises:
         ConfigError: for an unknown section, name or option, or a value of the wrong type.
+        TypeError: for what is no configuration, or no name or class.
     """
+    if not isinstance(config, ml_collections.ConfigDict) or not isinstance(entry, str | type):
+        wrong = f"`entry` must be a name or a class, got {entry!r}"
+        if not isinstance(config, ml_collections.ConfigDict):
+            wrong = f"`config` must be a configuration, config.load(name), got {type(config).__name__}"
+        raise TypeError(f"{wrong}.")
     name = entry if isinstance(entry, str) else f"{entry.__module__}:{entry.__qualname__}"
     name_entries(config, [(f"{path}.name", name)])
+    _place(config, path).lookup(name)
     for option, value in options.items():
         field = f"{path}.{section_key(name)}.{option}"
         check_field(config, field)
@@ -198,15 +202,33 @@ def use(config: ml_collections.ConfigDict, path: str, entry: str | type, **optio
             raise ConfigError(f"config.{field}: {error}") from error
 
 
-def _within(section: ml_collections.ConfigDict, place: Place) -> Iterator[tuple[ml_collections.ConfigDict, Place]]:
-    """A section and the sections inside the entry that it names, outer ones first."""
-    yield section, place
+def _sections(config: ml_collections.ConfigDict) -> Iterator[tuple[str, ml_collections.ConfigDict, Place]]:
+    """(dotted path, section, place) of the sections of tables that are in use, outer ones first."""
+    for path, place in places().items():
+        section: Any = config
+        for part in path.split("."):
+            section = section[part]
+        yield from _within(path, section, place)
+
+
+def _within(
+    path: str, section: ml_collections.ConfigDict, place: Place
+) -> Iterator[tuple[str, ml_collections.ConfigDict, Place]]:
+    yield path, section, place
     name = section["name"]
     if name in place.table or is_own(place, name):
-        cls, options = place.lookup(name), section[section_key(name)]
+        cls, key = place.lookup(name), section_key(name)
         for option in getattr(cls, "tables", {}):
-            if option in options.keys():
-                yield from _within(options[option], place.inner(cls, option))
+            if option in section[key].keys():
+                yield from _within(f"{path}.{key}.{option}", section[key][option], place.inner(cls, option))
+
+
+def _place(config: ml_collections.ConfigDict, path: str) -> Place:
+    """The place of a section that is in use."""
+    found = {at: place for at, _, place in _sections(config)}
+    if path not in found:
+        raise ConfigError(f"config.{path} is not in use: choose the entry that it belongs to first.")
+    return found[path]
 
 
 def is_own(place: Place, name: Any) -> bool:

@@ -98,6 +98,7 @@ ERRORS = [
     ("--config.objective.denoising.times.lognormal.men=0", "Did you mean 'mean'"),
     ("--config.objective.denoising.time.name=lognormal", "Did you mean 'times'"),
     ("--config.objective.denoising.times=lognormal", "is a section"),
+    ("--config.network.Own.width=3", r"config\.network\.name=module:Own"),
     ("--config.sde=ve", "is a section"),
     ("--config.seed.x=3", "is a value"),
     ("--confg.seed=3", "Unknown argument"),
