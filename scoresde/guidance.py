@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sde_lib import DataPrediction, Knot, Prediction, ReverseSDE, Wrapper
 from sde_lib._checks import as_number
+from sde_lib.reverse import knot_of
 from solvers import Draw
 from solvers.solver import Project
 
@@ -19,44 +20,128 @@ class ClassifierFreeGuidance(Wrapper):
     r"""Guidance without a classifier: :math:`F = F_\varnothing + w (F_c - F_\varnothing)`.
 
     Every parameterization is affine in the score at fixed x, so mixing raw outputs mixes scores. w = 1 is the
-    conditional model, w = 0 the unconditional one. Costs two network evaluations per call, which budgets (``nfe=``)
-    count. The result is the score of no density unless w is 0 or 1; then it describes what `inner` does.
+    conditional model, w = 0 the unconditional one, both exactly. Costs two network evaluations per call, which budgets
+    (``nfe=``) count. The result is the score of no density unless w is 0 or 1; then it describes what `inner` does.
+
+    Both models are asked at once, as one batch of twice the rows: x, times, conditions and whatever else belongs to
+    the rows of `inner` (`per_row`) are repeated, and the conditions to be left out are followed by their nulls. That is
+    equal to two calls bitwise where a row's arithmetic does not depend on the batch (closed forms, element by element),
+    and to rounding where it does (matrix products and convolutions, whose order of summation depends on their size).
+    Two calls are made where a null is no value of the condition's form: a function, not a `ScoreModel` with
+    specifications, whose unconditional answer is that without the argument (None).
 
     Source: Ho & Salimans 2022, arXiv:2207.12598, eq. 6 (their guidance weight is w - 1).
 
     Args:
         inner: a conditional reverse SDE.
         scale: w, a finite number.
-        null: conditions of the unconditional model, batch first as any; None for every condition that `inner` has when
-            called, by default.
+        null: conditions of the unconditional model, batch first as any, e.g. those of a negative prompt. By default
+            what `inner` says stands for none (`Reverse.nulls`), of every condition that it has when called.
+        drop: names of the conditions to leave out, instead of all; the others stay in both models. Not with `null`,
+            which names them itself.
+        at_once: whether both models are asked as one batch; False halves the memory, at twice the calls.
 
     Raises:
-        ValueError: for a scale that is not finite; when called without any condition to leave out.
+        TypeError: for names or nulls that are none.
+        ValueError: for a scale that is not finite, or for `null` and `drop` together; when called, without a condition
+            to leave out, for a name in `drop` that is not among the conditions, or a null of another number of rows.
     """
 
     describes = "guided"
     per_row = ("null",)
 
-    def __init__(self, inner: ReverseSDE, scale: float, null: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        inner: ReverseSDE,
+        scale: float,
+        null: Mapping[str, Any] | None = None,
+        drop: Sequence[str] | None = None,
+        at_once: bool = True,
+    ) -> None:
         super().__init__(inner)
         self.scale = as_number("scale", scale)
         if not math.isfinite(self.scale):
             raise ValueError(f"The guidance `scale` must be a finite number, got {scale!r}.")
+        if null is not None and drop is not None:
+            raise ValueError("Give `null`, whose names are left out, or `drop`, not both.")
+        if null is not None and not isinstance(null, Mapping):
+            raise TypeError(f"`null` must map names of conditions to values, got {type(null).__name__}.")
+        if isinstance(drop, str) or not all(isinstance(name, str) for name in drop or ()):
+            raise TypeError(f'`drop` must be a sequence of names of conditions, e.g. ("text",), got {drop!r}.')
         if self.scale in (0.0, 1.0):
             self.describes = inner.describes
         self.null = None if null is None else dict(null)
+        self.drop = None if drop is None else tuple(drop)
+        self.at_once = at_once
         self.nfe_per_call = 2 * inner.nfe_per_call
 
     def __call__(self, x: Tensor, t: Knot | float | Tensor) -> Prediction:
-        null = dict.fromkeys(self.condition) if self.null is None else self.null
-        if self.null is None and not null:
+        knot = t if isinstance(t, Knot) else knot_of(self.law, x, t)
+        null = self._null(x)
+        joined = self._joined(x, null) if self.at_once else None
+        if joined is None:
+            conditional = self.inner(x, knot)
+            free = self.inner.given(**null)(x, knot)
+            return conditional.replace(torch.lerp(free.raw, conditional.raw, self.scale))
+        n = x.shape[0]
+        rows = torch.arange(n, device=x.device).repeat(2)
+        both = self.inner.select(rows).given(**joined)(torch.cat([x, x]), knot.select(rows))
+        raw = torch.lerp(both.raw[n:], both.raw[:n], self.scale)
+        return Prediction(x, knot, raw, both.parameterization)
+
+    def _null(self, x: Tensor) -> dict[str, Any]:
+        """The conditions of the unconditional model that differ from those of the conditional one."""
+        if self.null is not None:
+            return self.null
+        given = [name for name, value in self.condition.items() if value is not None]
+        if not given:
             raise ValueError(
                 "Guidance needs a condition to leave out, and this model was given none: pass condition={…}, e.g. "
                 '{"class_label": labels}.'
             )
-        conditional = self.inner(x, t)
-        free = self.inner.given(**null)(x, conditional.knot)
-        return conditional.replace(torch.lerp(free.raw, conditional.raw, self.scale))
+        names = given if self.drop is None else self.drop
+        for name in names:
+            if name not in given:
+                raise ValueError(f"Guidance cannot drop {name!r}: the conditions are {', '.join(given)}.")
+        known = self.nulls(x.shape[0], x.device)
+        return {name: known.get(name) for name in names}
+
+    def _joined(self, x: Tensor, null: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Conditions of both models in one batch, those in `null` only; None where they do not fit into one."""
+        known: Mapping[str, Any] | None = None
+        joined = {}
+        for name, value in null.items():
+            one = self.condition.get(name)
+            if one is None or value is None:  # what stands for none may be known
+                known = self.nulls(x.shape[0], x.device) if known is None else known
+                one, value = (known.get(name) if v is None else v for v in (one, value))
+            both = _both(name, one, value)
+            if both is _APART:
+                return None
+            joined[name] = both
+        return joined
+
+
+_APART = object()
+"""Two values that have no common batch."""
+
+
+def _both(name: str, value: Any, null: Any) -> Any:
+    """A condition of a batch, followed by its null; `_APART` where the null has not the condition's form."""
+    if isinstance(value, Mapping) and isinstance(null, Mapping) and value.keys() == null.keys():
+        parts = {key: _both(f"{name}.{key}", value[key], null[key]) for key in value}
+        return _APART if any(part is _APART for part in parts.values()) else parts
+    if not isinstance(value, Tensor) or not isinstance(null, Tensor):
+        same = value is null or (type(value) is type(null) and isinstance(value, _SHARED) and value == null)
+        return value if same and value is not None else _APART
+    if value.ndim == 0 or value.shape[1:] != null.shape[1:]:
+        return value if value is null else _APART
+    if len(value) != len(null):
+        raise ValueError(f"The null of condition `{name}` has {len(null)} rows, the condition {len(value)}.")
+    return torch.cat([value, null.to(value.dtype)])
+
+
+_SHARED = (bool, int, float, str)
 
 
 class ClipData(Wrapper):

@@ -45,6 +45,11 @@ class Reverse:
         """The same reverse under (additional) conditions."""
         return self._changed(condition={**self.condition, **condition})
 
+    def nulls(self, n: int, device: torch.device | str | None = None) -> dict[str, Any]:
+        """What stands for none of each condition, for n samples, by name: of the conditions whose null is known to be a
+        value. Of others it is None: the network without the argument."""
+        return {}
+
     def select(self, rows: Tensor) -> Self:
         """The reverse of some rows of the batch: slices conditions and the attributes named in `per_row`."""
         own = self._own(rows)
@@ -163,6 +168,9 @@ class Wrapper(ReverseSDE):
 
     def given(self, **condition: Any) -> Self:
         return self._around(self.inner.given(**condition))
+
+    def nulls(self, n: int, device: torch.device | str | None = None) -> dict[str, Any]:
+        return self.inner.nulls(n, device)
 
     def select(self, rows: Tensor) -> Self:
         return self._around(self.inner.select(rows), **self._own(rows))

@@ -16,6 +16,7 @@ from scoresde import (
     OBJECTIVES,
     TIMES,
     WEIGHTINGS,
+    ClassifierFreeGuidance,
     DataSpec,
     DenoisingScoreMatching,
     ScoreModel,
@@ -36,6 +37,12 @@ SMALL = {
     "dit": IMAGES | {"width": 16, "depth": 2, "heads": 2},
     "ncsn": IMAGES | {"channels": 4},
     "ncsnv2": IMAGES | {"channels": 4},
+}
+CONDITIONS = {
+    "class_label": ConditionSpec("class", classes=3),
+    "pose": ConditionSpec("vector", (4,)),
+    "text": ConditionSpec("tokens", (3, 5)),
+    "words": ConditionSpec("tokens", (3,), classes=7),
 }
 
 
@@ -98,13 +105,7 @@ def test_no_network_waits(name):
         options = SMALL[name] | more
         if not name.startswith("ncsn") or name == "ncsnpp":
             sides = options["shape"][1:] or (2, 2)
-            specs = {
-                "class_label": ConditionSpec("class", classes=3),
-                "pose": ConditionSpec("vector", (4,)),
-                "low": ConditionSpec("image", (1, *sides)),
-                "text": ConditionSpec("tokens", (3, 5)),
-                "words": ConditionSpec("tokens", (3,), classes=7),
-            }
+            specs = CONDITIONS | {"low": ConditionSpec("image", (1, *sides))}
             options |= {"conditions": specs, "target_noise_level": True}
         with torch.device("meta"):
             net = NETWORKS[name](**options)
@@ -114,6 +115,22 @@ def test_no_network_waits(name):
             with waits() as seen:
                 net(x, level, **condition).sum().backward()
             assert not seen
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["one batch", "two calls"])
+def test_no_guidance_waits(at_once):
+    """Nor what gives a row its conditions and their nulls, of every kind."""
+    specs = CONDITIONS | {"low": ConditionSpec("image", (1, 2, 2))}
+    with torch.device("meta"):
+        net = NETWORKS["mlp"]((2,), conditions=specs)
+    model = ScoreModel(net, VPSDE(), data_spec=DataSpec((2,), conditions=specs))
+    rev = model.reverse(null_condition(specs, 3, META))
+    x = state(3, 2)
+    for drop in (None, ("text", "class_label")):
+        guided = ClassifierFreeGuidance(rev, 2.0, drop=drop, at_once=at_once)
+        with waits() as seen:
+            solve(guided, x, SOLVERS["heun"](), steps=2, check=False)
+        assert not seen
 
 
 @pytest.mark.parametrize("name", [*SDES, "chain"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde.codecs import CODECS, Affine, Codec
+from scoresde.data.conditions import null_condition
 from scoresde.data.spec import DataSpec
 from sde_lib import (
     NOISE_LEVELS,
@@ -336,3 +337,7 @@ class _ModelReverse(ReverseSDE):
         if not torch.compiler.is_compiling():
             self._model.check_condition(condition)
         return super().given(**condition)
+
+    def nulls(self, n: int, device: torch.device | str | None = None) -> dict[str, Any]:
+        spec = self._model.data_spec
+        return {} if spec is None else null_condition(spec.conditions, n, device)
