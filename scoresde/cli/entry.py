@@ -32,6 +32,7 @@ DIVIDED = ("sample", "likelihood", "compare")
 
 _EPILOG = """\
 Any field of the configuration can be set: --config.training.batch_size=64 --config.sde.name=ve.
+Classes of your own: --import=my_module --config.network.name=my_module:MyNet --config.network.MyNet.width=32.
 `scoresde configs` lists the shipped configurations; `scoresde COMMAND --help` explains a command.
 `torchrun --nproc_per_node=N -m -- scoresde COMMAND …` has N processes do train, sample, likelihood or compare.
 """

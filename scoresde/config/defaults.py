@@ -33,8 +33,20 @@ def defaults() -> ml_collections.ConfigDict:
     c.data.shape = config_dict.placeholder(tuple)  # (C, H, W) that an experiment is for; other data are refused
 
     c.objective = at["objective"].section()
+    c.training = _training()
 
-    c.training = t = ml_collections.ConfigDict()
+    c.sampling = _sampling()
+    c.sampling.solver = at["sampling.solver"].section()
+    c.sampling.grid = at["sampling.grid"].section()
+
+    c.likelihood = _likelihood()
+    c.lock()
+    return c
+
+
+def _training() -> ml_collections.ConfigDict:
+    """How the objective is trained, and what is written on the way."""
+    t = ml_collections.ConfigDict()
     t.batch_size = 128  # samples per optimizer step, over all devices and accumulated parts
     t.steps = 10_000
     t.max_seconds = 0.0  # wall-time budget instead of `steps`, not bitwise reproducible; 0: none
@@ -63,21 +75,20 @@ def defaults() -> ml_collections.ConfigDict:
     t.checkpoint_every = 2000  # and at the end; 0: at the end only
     t.keep = 2
     t.tensorboard = True
+    return t
 
-    c.sampling = s = ml_collections.ConfigDict()
+
+def _sampling() -> ml_collections.ConfigDict:
+    """How samples are drawn, beside the solver and its grid."""
+    s = ml_collections.ConfigDict()
     s.n = 64
     s.batch_size = 256
     s.seed = 0
-    s.solver = at["sampling.solver"].section()
-    s.grid = at["sampling.grid"].section()
     s.steps = 18  # ignored by adaptive solvers
     s.nfe = config_dict.placeholder(int)  # budget of network calls per sample, instead of `steps`
     s.end = "denoise"
     s.guidance = 1.0  # classifier-free guidance scale; 1: none
-
-    c.likelihood = _likelihood()
-    c.lock()
-    return c
+    return s
 
 
 def _likelihood() -> ml_collections.ConfigDict:
