@@ -133,7 +133,5 @@ def test_training_by_the_name_of_a_codec_resumes_bitwise(name, tmp_path):
     for key, value in whole.state_dict().items():
         assert torch.equal(parts.state_dict()[key], value), key
     data = DATASETS["ring"](n=400).load().train.data
-    x = whole.encode(data)
-    assert float(x.std()) == pytest.approx(1.0, abs=0.02)  # fitted to these data: states of size one
     score = bits_per_dim(whole, data[:8], steps=8, doubling=False)
     assert bool(torch.isfinite(score.per_sample).all())

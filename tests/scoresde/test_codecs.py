@@ -140,6 +140,14 @@ def test_a_row_does_not_see_the_others_nor_the_dtype_of_a_model(name, options, l
     assert torch.equal(halved.encode(z), x)  # its numbers stay as wide as they were
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("layout", ["vector", "series"])
+def test_states_of_real_data_have_size_one(name, layout):
+    codec, _, z = fitted(name, {}, layout)
+    x = codec.encode(z)
+    assert float(x.square().mean()) == pytest.approx(1.0, rel=1e-12)
+
+
 # --- principal axes ---------------------------------------------------------------------------------------------------
 
 
