@@ -1,9 +1,8 @@
-"""Bins of integers in the state of a model, where its axes are those of the data."""
+"""Bins of integers: independent noise of the elements of a state, in widths of a bin of every element of the data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,30 +15,54 @@ from sde_lib import Knot
 
 @dataclass(frozen=True)
 class Bins:
-    """Element by element, integer k of 0 … L - 1 owns the states that the codec makes of [k, k + 1).
+    """Integer k of 0 … L - 1 owns [k, k + 1), for every element of the data, under independent noise.
 
     Args:
         levels: L.
-        codec: shift and scale, of all elements or of each.
+        codec: of states; independent noise of their elements is independent noise of the data's.
     """
 
     levels: int
-    codec: Affine
+    codec: Codec
 
     @classmethod
-    def of(cls, spec: DataSpec, codec: Codec) -> Bins:
+    def of(cls, spec: DataSpec, codec: Codec, variance: bool = False) -> Bins:
         """The bins of integer data.
 
+        Args:
+            spec: of the data, with levels.
+            codec: of the states.
+            variance: whether the elements of the state have variances of their own.
+
         Raises:
-            ValueError: for data without levels, or a codec that mixes the elements: its bins are no boxes of the state.
+            ValueError: for a codec that mixes the noise of the elements, or mixes the elements where their variances
+                differ.
         """
-        if spec.levels is None:
-            raise ValueError("These data are real numbers: they have no levels, and so no bins.")
-        return cls(spec.levels, aligned("The decoder of integers", codec))
+        assert spec.levels is not None
+        noise_scales("The decoder of integers", codec, torch.empty(0))
+        if variance and not isinstance(codec, Affine):
+            raise ValueError(
+                "The decoder of integers with a learned variance needs every element of the state to be one of the "
+                f'data, and the codec {codec.name!r} mixes them: take variance="small" or "large".'
+            )
+        return cls(spec.levels, codec)
+
+    def data(self, x: Tensor) -> Tensor:
+        """States in data units, (B, *data_shape), float64: those in the bin of k are in [k, k + 1)."""
+        return self.codec.decode(x.double())
+
+    def spread(self, std: Tensor | float, z: Tensor) -> Tensor:
+        """Standard deviations of all elements of the data, like z = `data(x)`, under noise of deviation `std` in the
+        state: a number, one of every row, or like x."""
+        scales = noise_scales("The decoder of integers", self.codec, z)
+        if isinstance(std, Tensor) and std.ndim:
+            each = std.numel() == len(std)
+            std = std.reshape(-1, *[1] * (z.ndim - 1)) if each else std
+        return (scales * std).expand_as(z)
 
     def check_middles(self, x: Tensor) -> None:
-        """Raise unless x, (B, *D), are the middles of bins."""
-        k = self.codec.decode(x.double()) - 0.5
+        """Raise unless x, states (B, …), are the middles of bins."""
+        k = self.data(x) - 0.5
         off = (k - k.round()).abs() > 0.02
         if bool((off | (k.round() < 0) | (k.round() >= self.levels)).any()):
             raise ValueError(
@@ -47,32 +70,20 @@ class Bins:
                 "values (dequantized, or scaled otherwise?)."
             )
 
-    def index(self, x: Tensor) -> Tensor:
-        """k of a state in the bin of k."""
-        return self.codec.decode(x).floor()
 
-    def half_width(self, x: Tensor) -> Tensor:
-        """Of the bins of every element, (*D)."""
-        return 0.5 / self.codec.scales(x)
-
-    def middles(self, x: Tensor) -> Iterator[Tensor]:
-        """The middle of every bin, for all elements, (*D) each, like x."""
-        shape = self.codec.data_shape
-        return (self.codec.encode(x.new_full(shape, k + 0.5)) for k in range(self.levels))
-
-
-def aligned(asked: str, codec: Codec) -> Affine:
-    """The codec, if every element of the state is one of the data, shifted and scaled.
+def noise_scales(asked: str, codec: Codec, like: Tensor) -> Tensor:
+    """`Codec.scales`, of a codec that has them.
 
     Raises:
-        ValueError: if it is not, with what to do.
+        ValueError: for one that has none, with what to do.
     """
-    if not isinstance(codec, Affine):
+    scales = codec.scales(like)
+    if scales is None:
         raise ValueError(
-            f"{asked} needs every element of the state to be one of the data, scaled, and the codec {codec.name!r} "
-            'mixes them: take dequantization="uniform", which is exact under every bijection.'
+            f"{asked} needs independent noise of all elements, and the codec {codec.name!r} mixes it: take "
+            'dequantization="uniform", which is exact under every bijection.'
         )
-    return codec
+    return scales
 
 
 def noise_in_bins(codec: Codec, knot: Knot) -> float:

@@ -112,11 +112,11 @@ def log_decoder(run: Run, chain: Chain, prediction: Prediction, noise: Tensor, v
     if run.bins is None:
         square = _square(run, prediction, noise)
         return -0.5 * (square * torch.exp(-log_variance) + log_variance + math.log(2.0 * math.pi))
-    bins, mean = run.bins, prediction.data.double()
-    x = run.x.repeat(len(mean) // len(run.x), *[1] * (run.x.ndim - 1)).double()
-    std = torch.exp(0.5 * log_variance).expand_as(mean)
-    half, k = bins.half_width(x), bins.index(x)
-    low, high = (x - half - mean) / std, (x + half - mean) / std
+    bins = run.bins
+    mean, k = bins.data(prediction.data), bins.data(run.x).floor()
+    k = k.repeat(len(mean) // len(k), *[1] * (k.ndim - 1))
+    std = bins.spread(torch.exp(0.5 * log_variance), mean)
+    low, high = (k - mean) / std, (k + 1.0 - mean) / std
     low = torch.where(k <= 0, -math.inf, low)
     high = torch.where(k >= bins.levels - 1, math.inf, high)
     # both ends on the side where the tail is small: a difference of numbers near one would lose it

@@ -54,8 +54,10 @@ def _decoder(run: Run, law: SDE, first: Knot, draws: int) -> tuple[Tensor, int]:
 
 
 def log_softmax(bins: Bins, y: Tensor, x: Tensor, std: float) -> Tensor:
-    """log P(k | y) per element, with P(k | y) in proportion to N(y; x_k, std^2), at the level whose middle is x."""
-    norm = torch.full_like(y, -math.inf)
-    for middle in bins.middles(y):
-        norm = torch.logaddexp(norm, -0.5 * ((y - middle) / std).square())
-    return -0.5 * ((y - x.double()) / std).square() - norm
+    """log P(k | y) per element of the data, with P(k | y) in proportion to N(y; x_k, std^2), at the level of which x is
+    the middle. In data units, where the middle of k is k + 1/2."""
+    z, here = bins.data(y), bins.data(x)
+    wide, norm = bins.spread(std, z), torch.full_like(z, -math.inf)
+    for k in range(bins.levels):
+        norm = torch.logaddexp(norm, -0.5 * ((z - (k + 0.5)) / wide).square())
+    return -0.5 * ((z - here) / wide).square() - norm

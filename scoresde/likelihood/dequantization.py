@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from scoresde.codecs import Codec
-from scoresde.likelihood.bins import noise_in_bins
+from scoresde.likelihood.bins import noise_in_bins, noise_scales
 from sde_lib import Knot, lookup
 
 
@@ -48,21 +48,17 @@ def truncated_normal(codec: Codec, knot: Knot) -> Dequantization:
     :math:`x = x_k + (\sigma / \alpha)\, e` with e standard normal on :math:`(-\tau, \tau)`,
     :math:`\tau = \alpha / (2 s \sigma)` for bins of width 1 / s in model units, s of every element (one for all where
     the codec is a rotation, under which this noise stays what it is): the state :math:`\alpha x` has the law that the
-    network was trained on, where uniform noise is wider than anything it knows.
-    There is no truncation at t_min left to correct: the probability of the bin is that of the density at t_min itself.
+    network was trained on, where uniform noise is wider than anything it knows. There is no truncation at t_min left to
+    correct: the probability of the bin is that of the density at t_min itself.
 
     Source: Zheng et al. 2023, arXiv:2305.03935, section 4.1.
     """
-    if codec.scales(torch.empty(0)) is None:
-        raise ValueError(
-            f"Truncated-normal dequantization needs independent noise of all elements, and the codec {codec.name!r} "
-            'mixes it: take dequantization="uniform", which is exact under every bijection.'
-        )
+    asked = "Truncated-normal dequantization"
+    noise_scales(asked, codec, torch.empty(0))  # a codec without them is refused before the first batch
 
     def draw(data: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        scales = codec.scales(noise)
-        assert scales is not None
-        ratio = scales * math.exp(-float(knot.half_log_snr))  # the noise in units of the bin
+        # the noise in units of the bin
+        ratio = noise_scales(asked, codec, noise) * math.exp(-float(knot.half_log_snr))
         tau = 0.5 / ratio
         half = 0.5 * torch.erf(tau / math.sqrt(2.0))
         constant = -0.5 * math.log(2.0 * math.pi) - (2.0 * half).log() - ratio.log()

@@ -68,8 +68,9 @@ def elbo(
             neighbours (see `Variances.from_neighbours`), and is too large where they differ by more than their noise.
         draws: noise draws of the decoder, >= 2.
         data_spec: with levels: bound -log P of the integers instead of -log p.
-        codec: how the integers became x, with `data_spec`: an `Affine` one, with scales of all elements or of each; the
-            default one of `data_spec` if None.
+        codec: how the integers became x, with `data_spec`: one under which independent noise of a state is independent
+            noise of the data (a scale of every element, or one for all and a rotation); the default one of `data_spec`
+            if None.
         variance: of the chain's steps: "small", the posterior's own; "large", that of the forward step; or learned, a
             function (x, knot) -> log variance like x. At level 0, where the posterior has none, "small" takes level
             1's, and so does "large" for integers (Nichol & Dhariwal 2021, arXiv:2102.09672); for densities "large"
@@ -104,7 +105,8 @@ def elbo(
         raise ValueError(f"`batch_rows` must be an int >= 1, got {batch_rows!r}.")
     bins = None
     if data_spec is not None and data_spec.levels is not None:
-        bins = Bins.of(data_spec, Affine.fit(data_spec) if codec is None else codec)
+        learned = not isinstance(variance, str)
+        bins = Bins.of(data_spec, Affine.fit(data_spec) if codec is None else codec, learned)
         bins.check_middles(x)
     last = rev.law.levels[-1] if isinstance(rev.law, Chain) else None
     if last is not None and last.alpha == 0.0 and isinstance(rev.parameterization, NoisePrediction | ScorePrediction):

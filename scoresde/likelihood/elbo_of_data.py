@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scoresde.codecs import Affine
 from scoresde.data.conditions import mapped
 from scoresde.data.spec import DataSpec
 from scoresde.likelihood.bins import noise_in_bins
@@ -124,8 +123,7 @@ def elbo_of_data(
         raise ValueError(f"`dequantization` must be auto, none or uniform, got {dequantization!r}.")
     if dequantization == "auto":
         first = law.levels[0] if isinstance(law, Chain) else law.knot(law.t_min)
-        boxes = isinstance(codec, Affine) and noise_in_bins(codec, first) >= AUTO
-        dequantization = "none" if boxes else "uniform"
+        dequantization = "none" if noise_in_bins(codec, first) >= AUTO else "uniform"
     discrete = spec.levels is not None and dequantization == "none"
     given = {"sigma_data": model.sigma_data, **options}
     if discrete:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from scoresde import DataSpec, GaussianMixture, ScoreModel, bits_per_dim, elbo_of_data
+from scoresde import DataSpec, GaussianMixture, ScoreModel, bits_per_dim, elbo, elbo_of_data
 from scoresde.codecs import CODECS, Affine, Codec
 from scoresde.data.conditions import ConditionSpec
 from scoresde.likelihood.bins import Bins
@@ -35,7 +35,7 @@ def exact(states, spec, codec, law=LAW):
 
 
 class Turned(Codec):
-    """Orthogonal times a scale: what PCA and wavelets are."""
+    """Orthogonal times a scale, saying nothing of its noise: the least that a bijection does."""
 
     name = "turned"
 
@@ -100,12 +100,18 @@ def middle(data, noise):
 
 
 def codecs():
-    fitted = {name: cls.fit(SPEC, CODES) for name, cls in CODECS.items()}
+    many = torch.randint(0, 16, (64, *SHAPE), generator=torch.Generator().manual_seed(3))
+    fitted = {name: cls.fit(SPEC, many) for name, cls in CODECS.items()}
+    fitted["pca, whitened"] = CODECS["pca"].fit(SPEC, many, whiten=True)
+    fitted["haar, two levels and bands"] = CODECS["haar"].fit(SPEC, many, levels=2, per_band=True)
     shifts, scales = (v.reshape(SHAPE).tolist() for v in (torch.linspace(6, 9, D), torch.logspace(0.5, 1, D)))
     return {**fitted, "each element": Affine(SHAPE, shifts, scales), "turned": Turned(SHAPE, 4.0)}
 
 
-@pytest.mark.parametrize("name", sorted({*CODECS, "each element", "turned"}))
+OTHERS = ("each element", "haar, two levels and bands", "pca, whitened", "turned")
+
+
+@pytest.mark.parametrize("name", [*sorted(CODECS), *OTHERS])
 def test_bits_per_dim_are_exact_under_every_linear_codec(name):
     """log p(z) = log p(x) + log |det dx/dz|, with the determinant of the codec's own answers, at t_min."""
     codec = codecs()[name]
@@ -121,18 +127,6 @@ def test_bits_per_dim_are_exact_under_every_linear_codec(name):
     log_p = log_p + torch.linalg.slogdet(matrix_of(codec)[0]).logabsdet
     # steps of 1e-6 nats each, some dozens of them, shared by 16 dimensions
     torch.testing.assert_close(result.per_sample, -log_p / (D * math.log(2.0)), rtol=0, atol=5e-6)
-
-
-def test_bits_per_dim_do_not_know_a_turn():
-    """The same data law under one scale, turned or not: one figure. In data units the noise at t_min is isotropic under
-    both, so even the density there is the same."""
-    straight, turned = Affine(SHAPE, 0.0, 4.0), Turned(SHAPE, 4.0)
-    options = {"tol": 1e-6, "doubling": False, "dequantization": "uniform", "seed": 3}
-    found = [
-        bits_per_dim(exact(states_of(codec, *data_law()), SPEC, codec), CODES, **options).per_sample
-        for codec in (straight, turned)
-    ]
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=5e-6)
 
 
 PAIR = DataSpec((2,), levels=8)
@@ -191,15 +185,39 @@ def test_decoders_are_laws_of_the_levels_of_every_element():
             torch.testing.assert_close(log_decoder(run, chain, prediction, 0 * y, variance).exp().sum(0), one)
 
 
-def test_bounds_of_data_under_codecs():
-    """Uniform dequantization: in distribution the bound does not know a turn and another scale either. Their volumes
-    differ by one bit per dimension."""
+def test_decoders_do_not_know_a_turn():
+    """Round noise is round under a rotation: the decoders of the same data, from states that decode to the same point,
+    are the same, element by element, and one of the elements' own variances is refused."""
+    haar, straight = CODECS["haar"](SHAPE, 1, 8.0, 4.0), Affine(SHAPE, 8.0, 4.0)
+    chain = VPSDE().discretize(50)
+    g = torch.Generator().manual_seed(1)
+    point = 16.0 * torch.rand(3, *SHAPE, generator=g, dtype=torch.float64)
+    found = []
+    for codec in (straight, haar):
+        bins, x, y = Bins(16, codec), codec.encode(CODES.double() + 0.5), codec.encode(point)
+        rev = chain.reverse(data=lambda state, level, y=y: y)
+        prediction = rev(y, chain.knot(torch.zeros(3, dtype=torch.int64), y.ndim))
+        run = Run(rev, x, None, bins, 0.0, 8)
+        found.append((log_softmax(bins, y, x, 0.3), log_decoder(run, chain, prediction, 0 * y, "large")))
+    for one, other in zip(*found, strict=True):
+        assert one.shape == other.shape == CODES.shape
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match=r"learned variance needs every element.*'haar' mixes them"):
+        elbo(rev, x, data_spec=SPEC, codec=haar, variance=lambda v, k: 0 * v)
+
+
+@pytest.mark.parametrize("how", ["uniform", "none"])
+def test_bounds_of_data_under_codecs(how):
+    """In distribution a bound does not know a turn either: of densities, with another scale, too, whose volume differs
+    by one bit per dimension; of integers, whose decoder goes by the noise at t_min in bins, with the same."""
     codes = CODES[:1].expand(64, *SHAPE)
+    law = LAW if how == "uniform" else VPSDE(t_min=0.01)  # noise of 0.2 bins
+    turned = Turned(SHAPE, 8.0) if how == "uniform" else CODECS["haar"](SHAPE, 2, 8.0, 4.0)
     bounds = [
         elbo_of_data(
-            exact(states_of(codec, *data_law()), SPEC, codec), codes, dequantization="uniform", times=64, draws=4
+            exact(states_of(codec, *data_law()), SPEC, codec, law), codes, dequantization=how, times=64, draws=4
         )
-        for codec in (Affine(SHAPE, 0.0, 4.0), Turned(SHAPE, 8.0))
+        for codec in (Affine(SHAPE, 0.0, 4.0), turned)
     ]
     gap = bounds[0].mean - bounds[1].mean
     assert abs(gap) < 4 * math.hypot(bounds[0].standard_error, bounds[1].standard_error)
@@ -213,7 +231,7 @@ def test_what_a_codec_cannot_do_is_said():
             function(squeezed, CODES)
     with pytest.raises(ValueError, match=r"Truncated-normal dequantization needs independent.*'turned' mixes it"):
         bits_per_dim(turned, CODES, dequantization="truncated_normal")
-    with pytest.raises(ValueError, match=r"decoder of integers needs every element.*'turned' mixes them"):
+    with pytest.raises(ValueError, match=r"decoder of integers needs independent noise.*'turned' mixes it"):
         elbo_of_data(turned, CODES, dequantization="none")
     assert name_of("auto", turned.codec, LAW.knot(LAW.t_max)) == "uniform"
 
