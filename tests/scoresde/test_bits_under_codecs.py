@@ -222,6 +222,8 @@ def test_bounds_of_data_under_codecs(how):
     gap = bounds[0].mean - bounds[1].mean
     assert abs(gap) < 4 * math.hypot(bounds[0].standard_error, bounds[1].standard_error)
     assert max(b.standard_error for b in bounds) < 0.15
+    # the decoder of integers asks the network nothing
+    assert {int(n) for b in bounds for n in b.nfe} == {64 + 4 * (how == "uniform")}
 
 
 def test_what_a_codec_cannot_do_is_said():
