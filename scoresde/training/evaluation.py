@@ -19,7 +19,7 @@ from scoresde.training.batches import batch_of
 from scoresde.training.samples import draw_samples
 
 ROWS = 256
-"""Held-out samples that are looked at together."""
+"""Most held-out samples that are looked at together."""
 
 
 def held_out_loss(
@@ -48,8 +48,8 @@ def held_out_loss(
     group = objective.group
     n = min(len(split), most)
     n = max(n - n % group, min(group, len(split)))
-    size = max(ROWS - ROWS % group, group)
     rank, world = process()
+    size = group * max(1, min(ROWS, -(-n // world)) // group)
     summed = torch.zeros((), dtype=torch.float64, device=device)
     objective.eval()
     with averages.applied(), torch.no_grad():

@@ -8,7 +8,7 @@ import traceback
 import pytest
 import torch
 from torch import nn
-from toy_objectives import TOYS, Adversarial, Distilled, network, points
+from toy_objectives import TOYS, Adversarial, Consistency, Distilled, network, points
 
 from scoresde import config as configs
 from scoresde.config import ConfigError
@@ -215,6 +215,29 @@ def test_two_processes_change_nothing(tmp_path):
     run(tmp_path / "1", Adversarial(), steps=3)
     in_processes(2, lambda: run(tmp_path / "2", Adversarial(), steps=3))
     same_training(tmp_path / "1", tmp_path / "2")
+
+
+def test_two_processes_have_one_model(tmp_path):
+    """Built from other numbers in each, with batch statistics: all weights and buffers are those of the first one."""
+
+    class Normalized(Consistency):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(int(os.environ["RANK"]))
+            self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+            self.still = nn.Linear(2, 2)  # in no phase
+
+    def work():
+        objective = Normalized()
+        run(tmp_path, objective, steps=2, eval_every=0)
+        weights = objective.state_dict()
+        assert not torch.equal(weights["model.1.running_mean"], torch.zeros(4, dtype=torch.float64))
+        for name, value in weights.items():
+            others = [torch.empty_like(value) for _ in range(2)]
+            torch.distributed.all_gather(others, value)
+            assert torch.equal(others[0], others[1]), name
+
+    in_processes(2, work)
 
 
 @pytest.mark.slow
