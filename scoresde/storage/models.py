@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,20 @@ def save_model(model: ScoreModel, path: str | Path) -> Path:
     return path
 
 
-def load_model(path: str | Path, ema: bool = True, device: str | torch.device = "cpu") -> ScoreModel:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@overload
+def load_model(path: str | Path, ema: bool = True, device: str | torch.device = "cpu") -> ScoreModel: ...
+
+
+@overload
+def load_model(path: str | Path, ema: bool = True, device: str | torch.device = "cpu", *, model: Model) -> Model: ...
+
+
+def load_model(
+    path: str | Path, ema: bool = True, device: str | torch.device = "cpu", *, model: nn.Module | None = None
+) -> nn.Module:
     """A score model from a .safetensors file, a checkpoint, or a run's workdir (its newest checkpoint).
 
     Nothing is unpickled, and the file must be what was written, byte for byte. The network is first built without
@@ -58,6 +71,8 @@ def load_model(path: str | Path, ema: bool = True, device: str | torch.device = 
         path: file or folder.
         ema: whether a folder's averaged weights are taken (those to sample with) or the raw ones.
         device: where the model goes. It is returned in eval mode, in the dtype that it was saved in.
+        model: takes the weights, instead of a model that is built from the file's configuration: for models that were
+            put together in code, of which a file holds the weights alone.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
@@ -69,10 +84,15 @@ def load_model(path: str | Path, ema: bool = True, device: str | torch.device = 
     file = find_model(path, ema)
     listed = read_state(file.parent)["files"].get(file.stem) if (file.parent / STATE).is_file() else None
     tensors, config = read_tensors(file, listed)
+    if model is not None:
+        check_tensors(tensors, model.state_dict(), file)
+        _check_finite(tensors, file)
+        model.load_state_dict(tensors)
+        return model.to(device).eval()
     if config is None:
         raise CheckpointError(
             f"{file} holds tensors but no scoresde model configuration. Read a published checkpoint with "
-            "scoresde.load_pretrained, or build the ScoreModel yourself and load the tensors with load_state_dict."
+            "scoresde.load_pretrained, or build the model yourself and give it: load_model(path, model=…)."
         )
     return build_model(config, tensors, file).to(device).eval()
 
@@ -87,15 +107,19 @@ def build_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where:
     floating = {value.dtype for value in weights if value.is_floating_point()}
     dtype = floating.pop() if len(floating) == 1 else None  # a model saved in float64 comes back in float64
     check_tensors(tensors, _skeleton(config, tensors, dtype, where), where)
-    bad = not_finite(tensors)
-    if bad is not None:
-        raise CheckpointError(f"Weight {bad!r} in {where} is NaN or infinite: use an earlier checkpoint.")
+    _check_finite(tensors, where)
     with _explained(where):
         model = model_from_config(config)
     if dtype is not None:
         model = model.to(dtype)
     model.load_state_dict(tensors)
     return model
+
+
+def _check_finite(tensors: Mapping[str, Tensor], where: str | Path) -> None:
+    bad = not_finite(tensors)
+    if bad is not None:
+        raise CheckpointError(f"Weight {bad!r} in {where} is NaN or infinite: use an earlier checkpoint.")
 
 
 def _skeleton(

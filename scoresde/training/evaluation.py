@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from scoresde.data import Dataset, Split
+from scoresde.data.spec import DataSpec
 from scoresde.images import picture
 from scoresde.objectives import At, Objective
 from scoresde.storage.processes import process
@@ -64,21 +65,29 @@ def held_out_loss(
 
 
 def sample_picture(
-    objective: Objective, averages: Averages, config: ConfigDict, sampler: Callable[..., Tensor] | None
+    objective: Objective,
+    averages: Averages,
+    config: ConfigDict,
+    sampler: Callable[..., Tensor] | None,
+    split: Split,
 ) -> Tensor | None:
     """A picture of samples of the averaged model, uint8 (H, W, 1 or 3); None for samples that have none. All processes
-    draw, the first one gets the picture."""
-    model = objective.result()
+    draw, the first one gets the picture. Conditions of samples are those of the split (`shown`)."""
+    model: Any = objective.result()
     spec = getattr(model, "data_spec", None)
     if spec is None or picture(torch.zeros(1, *spec.shape), spec) is None:
         return None
     with averages.applied():
-        samples = (sampler or one_class_after_the_other)(model.eval(), config)
+        model.eval()
+        if sampler is None:
+            samples = draw_samples(model, config, condition=shown(spec, config.sampling.n, split)).data
+        else:
+            samples = sampler(model, config)
     return picture(samples, spec) if process()[0] == 0 else None
 
 
-def one_class_after_the_other(model: Any, config: ConfigDict) -> Tensor:
-    """Samples as the section `sampling` asks for them, of one class after the other where there are classes."""
-    classes = 0 if model.data_spec is None else model.data_spec.num_classes
-    labels = torch.arange(config.sampling.n) % classes if classes else None
-    return draw_samples(model, config, condition=None if labels is None else {"class_label": labels}).data
+def shown(spec: DataSpec, n: int, split: Split) -> dict[str, Any]:
+    """Conditions of n samples to show: one class after the other, and of other kinds those of held-out samples."""
+    found = split.rows(torch.arange(n) % len(split)).condition
+    classes = {name: kind.classes for name, kind in spec.conditions.items() if kind.kind == "class"}
+    return {name: torch.arange(n) % classes[name] if name in classes else found[name] for name in spec.conditions}

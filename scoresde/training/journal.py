@@ -131,13 +131,14 @@ class Journal:
 
     def sample(self, step: int) -> None:
         """A picture of samples, where they have one; drawn by all processes."""
+        r = self.r
         try:
-            image = sample_picture(self.r.objective, self.r.averages, self.r.config, self.sampler)
+            image = sample_picture(r.objective, r.averages, r.config, self.sampler, r.held_out)
             if image is not None and self.metrics is not None:
                 save_png(image, self.workdir / "samples" / f"step_{step:08d}.png")
                 self.metrics.image(step, "samples", image)
         except Exception as error:  # whatever the sampler, the disk or a picture library say: the run goes on
-            if self.r.main or not told(error):
+            if r.main or not told(error):
                 tell(f"No picture of the samples after step {step}: {one_line(error)}")
 
     def save(self, step: int, seconds: float) -> None:

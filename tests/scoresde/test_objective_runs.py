@@ -397,7 +397,12 @@ def test_an_own_model_is_trained_in_place_saved_and_read_again(tmp_path):
     with pytest.raises(CheckpointError, match="holds tensors but no scoresde model configuration"):
         load_model(tmp_path / "plain")
     kept = everything(tmp_path / "plain")[0]["average.ema"]
-    assert all(torch.equal(value, kept[name]) for name, value in plain.state_dict().items())
+    given = ScoreModel(Field(), VPSDE(), data_spec=points().spec)
+    assert load_model(tmp_path / "plain", model=given) is given and not given.training
+    for name, value in given.state_dict().items():
+        assert torch.equal(value, kept[name]) and torch.equal(value, plain.state_dict()[name])
+    with pytest.raises(CheckpointError, match="do not fit the model; missing"):
+        load_model(tmp_path / "plain", model=rebuilt)
     again = ScoreModel(Field(), VPSDE(), data_spec=points().spec)
     train(settings(), tmp_path / "plain", progress=False, model=again, data=points())  # which was done
     assert all(torch.equal(value, kept[name]) for name, value in again.state_dict().items())
