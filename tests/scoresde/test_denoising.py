@@ -166,7 +166,10 @@ def test_the_uncertainty_is_the_log_of_the_expected_loss():
     scale = features.abs().max()
     assert float(gradient.abs().max()) < 1e-5 * float(scale)
     assert abs(float(trained.detach() - wanted.mean()) - 1.0) < 1e-6
-    assert torch.equal(objective.held_out(batch, here), plain.held_out(batch, here))
+    losses = plain("train", batch, here)
+    assert torch.equal(objective.held_out(batch, here), losses)
+    here_u = u(law.half_log_snr(objective.drawer.draw(here.streams.lattice("times"))))
+    torch.testing.assert_close(objective("train", batch, here), torch.exp(-here_u) * losses + here_u)
 
 
 def test_the_uncertainty_is_the_same_in_every_run_and_finite_everywhere():

@@ -187,6 +187,19 @@ def test_sigmoid_on_a_chain_tends_to_the_integral():
     assert torch.equal(weighting.weight(chain.knot(index)), torch.tensor(table, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("name", [name for name, cls in WEIGHTINGS.items() if cls.integral])
+def test_integrals_do_not_depend_on_how_times_are_drawn(name):
+    """Losses at lognormal times, which are a part of other objectives, are divided by their density."""
+    law = VPSDE()
+    t, x_0, noise, data = batch(law)
+    model = answering(law, "v", data)
+    drawn, uniform = (DenoisingScoreMatching(model, times, name) for times in ("lognormal", "uniform"))
+    density = drawn.drawer.density(law.knot(t))
+    torch.testing.assert_close(drawn.at_times(x_0, t, noise) * density, uniform.at_times(x_0, t, noise))
+    plain = DenoisingScoreMatching(model, "lognormal").at_times(x_0, t, noise)
+    assert torch.equal(plain, DenoisingScoreMatching(model).at_times(x_0, t, noise))
+
+
 # --- the likelihood weighting is the integrand of the bound -----------------------------------------------------------
 def test_likelihood_on_an_sde_is_the_integrand_of_the_bound():
     """With importance times and half sums, a loss times the duration is the range of lambda times |eps_hat - eps|^2."""
