@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.networks.conditioning import CrossAttention, Tokens
+from scoresde.networks.attention import CrossAttention, Tokens
 from scoresde.networks.embeddings import zeroed
 from scoresde.networks.resampling import Resample
 

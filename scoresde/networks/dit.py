@@ -1,9 +1,9 @@
-"""The diffusion transformer of this field (DiT), and what its published weights are called."""
+"""The diffusion transformer of this field (DiT)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scoresde.data.conditions import ConditionSpec
-from scoresde.networks.conditioning import ConditionEmbedding, Conditions, CrossAttention, Tokens, check_images
+from scoresde.networks.attention import CrossAttention, Tokens
+from scoresde.networks.conditioning import ConditionEmbedding, Conditions, check_images
 from scoresde.networks.embeddings import check_count, check_dropout, zeroed
 
 FEATURES = 256
@@ -256,37 +257,3 @@ class DiT(nn.Module):
         # a token holds its patch in the order row, column, channel
         pixels = self.outlet(h, c).reshape(-1, self.rows, self.columns, self.patch, self.patch, self.outputs)
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.outputs, *self.shape[1:])
-
-
-# --- published weights ------------------------------------------------------------------------------------------------
-
-PUBLISHED = {
-    "inlet": "x_embedder.proj",
-    "condition.first": "t_embedder.mlp.0",
-    "condition.second": "t_embedder.mlp.2",
-    "condition.branches.class_label": "y_embedder.embedding_table",
-    "outlet.linear": "final_layer.linear",
-    "outlet.modulation": "final_layer.adaLN_modulation.1",
-}
-PUBLISHED_BLOCK = {
-    "modulation": "adaLN_modulation.1",
-    "qkv": "attn.qkv",
-    "out": "attn.proj",
-    "first": "mlp.fc1",
-    "second": "mlp.fc2",
-}
-"""Our module -> theirs; of a block, the part after ``blocks.N.``."""
-
-
-def published_names(network: DiT) -> Iterator[tuple[str, str]]:
-    """(name in our state dict, name in that of facebookresearch/DiT) of every parameter; the layouts are equal.
-
-    Theirs has one entry more, ``pos_embed`` (1, N, width), which is our `position_table`.
-    """
-    for name in network.state_dict():
-        module, kind = name.rsplit(".", 1)
-        if module.startswith("blocks."):
-            _, index, part = module.split(".")
-            yield name, f"blocks.{index}.{PUBLISHED_BLOCK[part]}.{kind}"
-        else:
-            yield name, f"{PUBLISHED[module]}.{kind}"

@@ -10,20 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scoresde.data.conditions import ConditionSpec
-from scoresde.networks.blocks import (
-    Attention,
-    Combine,
-    Outlet,
-    Reading,
-    ResidualBlock,
-    Stage,
-    conv,
-    heads_of,
-    initialise_by_fans,
-    joined,
-)
+from scoresde.networks.blocks import Outlet, Stage, conv, initialise_by_fans, joined
 from scoresde.networks.conditioning import ConditionEmbedding, Conditions, Embedded, check_images
 from scoresde.networks.embeddings import check_count, check_dropout
+from scoresde.networks.levels import Down, Plan
 from scoresde.networks.resampling import DownConv, Resample, UpConv
 
 CONDITIONINGS = ("scale_shift", "add")
@@ -32,24 +22,6 @@ PYRAMIDS = ("none", "skip", "residual")
 COMBINES = ("sum", "cat")
 UP_ATTENTIONS = ("every", "last")
 INITS = ("torch", "fan_avg")
-
-
-class Down(nn.Module):
-    """To half the resolution: the features, and the input pyramid that joins them."""
-
-    def __init__(self, features: ResidualBlock | DownConv, pyramid: Combine | DownConv | None) -> None:
-        super().__init__()
-        self.features, self.pyramid = features, pyramid
-
-
-class Level(nn.Module):
-    """One resolution on the way up: stages, the output pyramid, and the way to the next resolution."""
-
-    def __init__(
-        self, stages: list[nn.Module], enlarge: nn.Module | None, outlet: nn.Module | None, up: nn.Module | None
-    ) -> None:
-        super().__init__()
-        self.stages, self.enlarge, self.outlet, self.up = nn.ModuleList(stages), enlarge, outlet, up
 
 
 class UNet(nn.Module):
@@ -164,8 +136,7 @@ class UNet(nn.Module):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
         data, height, _ = self.shape
-        levels, width = len(multipliers), width or 4 * channels
-        heights = [height >> i for i in range(levels)]
+        width = width or 4 * channels
         self.rescale, self.resampling = rescale, resampling
         self.input_pyramid, self.output_pyramid = input_pyramid, output_pyramid
         self.learned_variance, self.checkpointing = learned_variance, checkpointing
@@ -192,67 +163,38 @@ class UNet(nn.Module):
         )
         check_images(self.condition.specs, self.shape)
 
-        def block(inputs: int, outputs: int, resample: str = "") -> ResidualBlock:
-            scale_shift = conditioning == "scale_shift"
-            rest = (dropout, scale_shift, rescale, norm_groups, norm_eps, resample, fir, project_skips)
-            return ResidualBlock(inputs, outputs, width, *rest)
-
-        def attend(channels: int) -> Attention:
-            return Attention(channels, head_channels, heads, rescale, norm_groups, norm_eps)
-
-        def read(channels: int) -> Reading | None:
-            if not self.condition.names("tokens"):
-                return None
-            return Reading(channels, width, heads_of(channels, head_channels, heads), norm_groups, norm_eps)
-
+        plan = Plan(
+            data=data,
+            out=out,
+            channels=channels,
+            widths=tuple(multiplier * channels for multiplier in multipliers),
+            blocks=blocks,
+            attends=tuple(height >> i in attention for i in range(len(multipliers))),
+            head_channels=head_channels,
+            heads=heads,
+            condition=width,
+            reads=bool(self.condition.names("tokens")),
+            dropout=dropout,
+            scale_shift=conditioning == "scale_shift",
+            norm_groups=norm_groups,
+            norm_eps=norm_eps,
+            resampling=resampling,
+            fir=fir,
+            end_padding=end_padding,
+            project_skips=project_skips,
+            rescale=rescale,
+            input_pyramid=input_pyramid,
+            output_pyramid=output_pyramid,
+            combine=combine,
+            up_attention=up_attention,
+        )
         self.inlet = conv(data, channels)
-        self.down = nn.ModuleList()
-        skips, now, image = [channels], channels, data
-        for level, multiplier in enumerate(multipliers):
-            for _ in range(blocks):
-                wanted = heights[level] in attention
-                found = attend(multiplier * channels) if wanted else None
-                self.down.append(
-                    Stage(block(now, multiplier * channels), found, read(multiplier * channels) if wanted else None)
-                )
-                now = multiplier * channels
-                skips.append(now)
-            if level == levels - 1:
-                break
-            halved = block(now, now, "down") if resampling == "block" else DownConv(now, now, fir, end_padding)
-            pyramid: Combine | DownConv | None = None
-            if input_pyramid == "skip":
-                pyramid = Combine(image, now, combine)
-                now = 2 * now if combine == "cat" else now
-            elif input_pyramid == "residual":
-                pyramid, image = DownConv(image, now, fir, end_padding), now
-            self.down.append(Down(halved, pyramid))
-            skips.append(now)
-        found = attend(now) if middle_attention else None
-        self.middle = nn.ModuleList([Stage(block(now, now), found, read(now)), Stage(block(now, now))])
-        self.up = nn.ModuleList()
-        image = 0
-        for level in reversed(range(levels)):
-            stages: list[nn.Module] = []
-            for i in range(blocks + 1):
-                inputs, now = now + skips.pop(), multipliers[level] * channels
-                wanted = heights[level] in attention and (up_attention == "every" or i == blocks)
-                stages.append(
-                    Stage(block(inputs, now), attend(now) if wanted else None, read(now) if wanted else None)
-                )
-            enlarge: nn.Module | None = None
-            outlet: nn.Module | None = None
-            if output_pyramid == "skip":
-                outlet = Outlet(now, out, norm_groups, norm_eps)
-            elif output_pyramid == "residual":
-                enlarge = UpConv(image, now, fir) if image else None
-                outlet = None if image else Outlet(now, now, norm_groups, norm_eps, zero=False)
-                image = now
-            larger: nn.Module | None = None
-            if level:
-                larger = block(now, now, "up") if resampling == "block" else UpConv(now, now, fir)
-            self.up.append(Level(stages, enlarge, outlet, larger))
-        self.outlet = None if output_pyramid == "skip" else Outlet(now, out, norm_groups, norm_eps)
+        down, skips, now = plan.way_down()
+        self.down = nn.ModuleList(down)
+        self.middle = nn.ModuleList([plan.stage(now, now, middle_attention, True), Stage(plan.block(now, now))])
+        self.up = nn.ModuleList(plan.way_up(now, skips))
+        last = plan.widths[0]
+        self.outlet = None if output_pyramid == "skip" else Outlet(last, out, norm_groups, norm_eps)
         if init == "fan_avg":
             initialise_by_fans(self)
 

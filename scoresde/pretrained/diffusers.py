@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from scoresde.networks.blocks import Stage
 from scoresde.networks.embeddings import FourierEmbedding
+from scoresde.networks.levels import Down
 from scoresde.networks.resampling import DownConv, UpConv
-from scoresde.networks.unet import Down, UNet
+from scoresde.networks.unet import UNet
 from scoresde.pretrained import schedules
 from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, one_class, stacked, swapped
 

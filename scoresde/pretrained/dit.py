@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from scoresde.networks.dit import DiT, published_names
+from scoresde.networks.dit import DiT
 from scoresde.pretrained.mapping import Entry, MismatchError, convert, one_class
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """Width -> heads of attention, in the published models."""
+
+PUBLISHED = {
+    "inlet": "x_embedder.proj",
+    "condition.first": "t_embedder.mlp.0",
+    "condition.second": "t_embedder.mlp.2",
+    "condition.branches.class_label": "y_embedder.embedding_table",
+    "outlet.linear": "final_layer.linear",
+    "outlet.modulation": "final_layer.adaLN_modulation.1",
+}
+PUBLISHED_BLOCK = {
+    "modulation": "adaLN_modulation.1",
+    "qkv": "attn.qkv",
+    "out": "attn.proj",
+    "first": "mlp.fc1",
+    "second": "mlp.fc2",
+}
+"""Our module -> theirs; of a block, the part after ``blocks.N.``."""
 
 
 def is_dit(state: Mapping[str, Any]) -> bool:
@@ -60,3 +77,17 @@ def convert_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, 
     assert isinstance(network, DiT)
     entries = (Entry(target, (name,)) for target, name in published_names(network))
     return convert(network, state, entries, ["pos_embed"])
+
+
+def published_names(network: DiT) -> Iterator[tuple[str, str]]:
+    """(name in our state dict, name in that of facebookresearch/DiT) of every parameter; the layouts are equal.
+
+    Theirs has one entry more, ``pos_embed`` (1, N, width), which is our `position_table`.
+    """
+    for name in network.state_dict():
+        module, kind = name.rsplit(".", 1)
+        if module.startswith("blocks."):
+            _, index, part = module.split(".")
+            yield name, f"blocks.{index}.{PUBLISHED_BLOCK[part]}.{kind}"
+        else:
+            yield name, f"{PUBLISHED[module]}.{kind}"

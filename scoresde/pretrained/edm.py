@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from scoresde.networks import ADM
 from scoresde.networks.blocks import Outlet, Stage
 from scoresde.networks.embeddings import FourierEmbedding
-from scoresde.networks.unet import Down, UNet
+from scoresde.networks.levels import Down
+from scoresde.networks.unet import UNet
 from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, one_class, stacked, swapped, with_null
 
 # buffers: resampling filters, and the level table of the iDDPM preconditioner

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from scoresde.networks.blocks import Attention, ResidualBlock, Stage
+from scoresde.networks.levels import Down
 from scoresde.networks.resampling import DownConv, UpConv
-from scoresde.networks.unet import Down, UNet
+from scoresde.networks.unet import UNet
 from scoresde.pretrained.mapping import Entry, MismatchError, Names, convert, one_class, stacked
 
 SIZES = {4: 64, 5: 128, 6: 256, 7: 512}

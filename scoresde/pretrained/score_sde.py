@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from scoresde.networks.blocks import Attention, Combine, Outlet, ResidualBlock, Stage
 from scoresde.networks.embeddings import FourierEmbedding
-from scoresde.networks.ncsn import NCSN, NCSNv2, published_names
+from scoresde.networks.levels import Down
+from scoresde.networks.ncsn import NCSN, NCSNv2
 from scoresde.networks.resampling import DownConv, UpConv
-from scoresde.networks.unet import Down, UNet
+from scoresde.networks.unet import UNet
+from scoresde.pretrained import ncsn
 from scoresde.pretrained.mapping import Entry, Names, convert, scaled_output, swapped
 
 
@@ -130,7 +132,7 @@ def converted(network: nn.Module, state: Mapping[str, Tensor], ve: bool) -> dict
 def entries(network: nn.Module) -> Iterator[Entry]:
     """Every published tensor of a network of this architecture; of a U-Net in the published order of parameters."""
     if isinstance(network, NCSN | NCSNv2):
-        yield from (Entry(ours, (name,)) for ours, name in published_names(network))
+        yield from (Entry(ours, (name,)) for ours, name in ncsn.published_names(network))
         return
     assert isinstance(network, UNet)
     names = Names(network)

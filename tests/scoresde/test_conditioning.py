@@ -11,7 +11,7 @@ from test_networks import WITHOUT_CONDITIONS, everything, inputs, network
 
 from scoresde.data.conditions import ConditionSpec, classes, mapped
 from scoresde.networks import MLP, NETWORKS, ConditionEmbedding, UNet
-from scoresde.networks.conditioning import CrossAttention, Tokens
+from scoresde.networks.attention import CrossAttention, Tokens
 
 each_network = pytest.mark.parametrize("name", sorted(set(NETWORKS) - set(WITHOUT_CONDITIONS)))
 TOKENS = ("text", "words")

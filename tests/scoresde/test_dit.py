@@ -7,7 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scoresde.data.conditions import classes as of_classes
-from scoresde.networks.dit import DiT, position_table, published_names
+from scoresde.networks.dit import DiT, position_table
+from scoresde.pretrained.dit import published_names
 
 TINY = {"shape": (2, 4, 6), "patch": 2, "width": 12, "depth": 2, "heads": 3, "mlp_ratio": 1.5}
 TINY["conditions"] = of_classes(3)

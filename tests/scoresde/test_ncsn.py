@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from scoresde.data.conditions import classes
-from scoresde.networks.ncsn import NCSN, DilatedBlock, NCSNv2, NoNorm, instance_norm_plus, published_names
+from scoresde.networks.ncsn import NCSN, NCSNv2
+from scoresde.networks.refinenet import DilatedBlock, NoNorm, instance_norm_plus
+from scoresde.pretrained.ncsn import published_names
 from scoresde.pretrained.score_sde import read_checkpoint
 
 GOLDEN = {"ve_ncsnv1_disc": NCSN, "ve_ncsnv2_disc": NCSNv2}

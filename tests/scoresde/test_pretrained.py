@@ -31,10 +31,10 @@ from scoresde.cli import main
 from scoresde.codecs import Affine
 from scoresde.data.conditions import classes as kinds
 from scoresde.networks import ADM, NETWORKS, DiT, UNet
-from scoresde.networks.dit import published_names
 from scoresde.pretrained import MismatchError, edm, edm_pickle, guided_diffusion, load, score_sde
 from scoresde.pretrained import diffusers as diffusers_format
 from scoresde.pretrained.diffusers import architecture, chain, convert_state
+from scoresde.pretrained.dit import published_names
 from scoresde.pretrained.mapping import one_class
 from scoresde.storage import CheckpointError
 from sde_lib import SDES, NoisePrediction, build
