@@ -4,7 +4,7 @@
 width on a CPU and at full width on a GPU, as eager, channels last, compiled and in bfloat16, beside an eager
 implementation of the same arithmetic as published: resampling by zeros, padding and a one-channel convolution,
 attention by einsum and softmax with the B x HW x HW matrix in memory. All rows share weights and data; the losses of a
-short training run show that the curves agree.
+short training run show that the curves agree. A second table has what each kind of condition costs, eager.
 """
 
 from __future__ import annotations
@@ -16,19 +16,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scoresde import DenoisingScoreMatching, config
-from scoresde.data.spec import DataSpec
+from scoresde.data import ConditionSpec, DataSpec
 from scoresde.models.score_model import ScoreModel
 from scoresde.networks import blocks, resampling
 
 ROWS = ("published arithmetic, eager", "eager", "channels last", "compiled", "compiled, channels last")
 LOW = ("bf16", "bf16, compiled, channels last")
 NAIVE, EAGER, LAST, COMPILED, BOTH = ROWS
+CONDITIONS = {
+    "class of 1000": ConditionSpec("class", classes=1000),
+    "vector of 512": ConditionSpec("vector", (512,)),
+    "image of 3 x 32 x 32": ConditionSpec("image", (3, 32, 32)),
+    "77 tokens of 768": ConditionSpec("tokens", (77, 768)),
+}
+"""Rows of the second table."""
 
 
 # --- the same arithmetic, as published --------------------------------------------------------------------------------
@@ -70,17 +78,28 @@ def as_published() -> Iterator[None]:
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
-def model_of(options: argparse.Namespace) -> ScoreModel:
-    """The score model with weights that do not depend on the row."""
+def model_of(options: argparse.Namespace, row: str = "") -> ScoreModel:
+    """The score model with weights that do not depend on the row, unless it is a condition's."""
     c = config.load("ve/cifar10_ncsnpp_continuous")
     n = c.network.ncsnpp
     n.channels, n.blocks, n.dropout = options.channels, options.blocks, 0.0
     torch.manual_seed(0)
-    model = config.make_model(c, DataSpec((3, 32, 32), 256))
+    told = {"told": CONDITIONS[row]} if row in CONDITIONS else {}
+    model = config.make_model(c, DataSpec((3, 32, 32), 256, told))
     with torch.no_grad():
         for p in model.parameters():  # the branches begin at zero: let them work
             p.add_(0.02 * torch.randn_like(p))
     return model.to(options.device)
+
+
+def _values(spec: ConditionSpec, n: int, g: torch.Generator, device: str) -> Any:
+    """Random values of a condition; of tokens about half."""
+    if spec.kind == "class":
+        return torch.randint(spec.classes, (n,), generator=g).to(device)
+    value = torch.randn(n, *spec.shape, generator=g).to(device)
+    if spec.kind != "tokens":
+        return value
+    return {"tokens": value, "mask": (torch.rand(n, spec.shape[0], generator=g) < 0.5).to(device)}
 
 
 def median(run: Callable[[], object], device: str, repeat: int) -> float:
@@ -105,7 +124,7 @@ def measure(row: str, options: argparse.Namespace) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
     low = torch.autocast(device, torch.bfloat16) if row in LOW else contextlib.nullcontext()
     with as_published() if row == NAIVE else contextlib.nullcontext():
-        model = model_of(options)
+        model = model_of(options, row)
         if "channels last" in row:
             model = model.to(memory_format=torch.channels_last)
         if "compiled" in row:
@@ -114,22 +133,23 @@ def measure(row: str, options: argparse.Namespace) -> None:
         x = torch.rand(options.batch, 3, 32, 32, generator=g).mul_(2.0).sub_(1.0).to(device)
         probe = torch.randn(options.batch, 3, 32, 32, generator=g).to(device)
         knot = model.law.knot(0.5)
+        condition = {"told": _values(CONDITIONS[row], options.batch, g, device)} if row in CONDITIONS else {}
         objective, data = DenoisingScoreMatching(model), model.decode(x)
         optimizer = torch.optim.Adam(model.parameters(), lr=2e-4)
 
         def forward() -> None:
             with torch.no_grad(), low:
-                model.raw(x, knot)
+                model.raw(x, knot, **condition)
 
         def product() -> None:
             y = x.detach().requires_grad_()
             with low:
-                out = model.raw(y, knot)
+                out = model.raw(y, knot, **condition)
             torch.autograd.grad(out, y, probe.to(out.dtype))
 
         def step() -> float:
             with low:
-                loss = objective.loss(data, rng=torch.Generator().manual_seed(1))
+                loss = objective.loss(data, condition, rng=torch.Generator().manual_seed(1))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -171,12 +191,19 @@ def main() -> None:
     millions = sum(p.numel() for p in model_of(options).parameters()) / 1e6
     print(f"NCSN++ (VE, CIFAR-10), {options.channels} channels, {options.blocks} blocks, {millions:.2f} M parameters,")
     print(f"batch {options.batch}, {options.device}, {torch.get_num_threads()} threads\n")
+    for rows in ((*ROWS, *LOW), (EAGER, *CONDITIONS)):
+        table(rows)
+
+
+def table(rows: tuple[str, ...]) -> None:
+    """Some rows under one head."""
     print("| | forward, ms | forward and product, ms | training step, ms | peak memory, GiB | loss at steps 1, 4, 8 |")
     print("|---|---|---|---|---|---|", flush=True)
-    for row in (*ROWS, *LOW):
+    for row in rows:
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--row", row], check=False)
         if done.returncode:
             print(f"| {row} | failed |", flush=True)
+    print()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from scoresde.data.conditions import ConditionSpec
 from scoresde.models.score_model import ScoreModel
 from scoresde.pretrained.load import load_pretrained
 from scoresde.storage import hub, save_model
@@ -36,12 +37,21 @@ def card(model: ScoreModel, name: str = "OWNER/NAME") -> str:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     levels = f", a chain of {config['levels']} levels" if config.get("levels") else ""
     shape = "unknown" if spec is None else " x ".join(map(str, spec.shape))
-    classes = f", {spec.num_classes} classes" if spec is not None and spec.num_classes else ""
+    told = [] if spec is None else [f"`{key}` ({_told(value)})" for key, value in spec.conditions.items()]
+    conditions = f", told {', '.join(told)}" if told else ""
     return (
         "---\nlibrary_name: scoresde\ntags:\n- score-based-generative-model\n---\n\n# A score model\n\n"
         f"Network `{network}` ({millions:.1f} M parameters), SDE `{sde}`{levels}, parameterization "
-        f"`{config.get('parameterization', 'v')}`, data {shape}{classes}.\n\n```python\n{_example(model, name)}```\n"
+        f"`{config.get('parameterization', 'v')}`, data {shape}{conditions}.\n\n```python\n{_example(model, name)}```\n"
     )
+
+
+def _told(spec: ConditionSpec) -> str:
+    """What a condition is, in a word or two."""
+    if spec.kind == "class":
+        return f"one of {spec.classes} classes"
+    of = f" of {spec.classes} words" if spec.classes else ""
+    return f"{spec.kind} {' x '.join(map(str, spec.shape))}{of}"
 
 
 def _example(model: ScoreModel, name: str) -> str:

@@ -520,6 +520,7 @@ def test_own_files_and_folders(tmp_path, levels, classes):
             assert again.config() == model.config()
     card = (tmp_path / "folder" / "README.md").read_text()
     assert "library_name: scoresde" in card and "`unet`" in card
+    assert ("told `class_label` (one of 3 classes)" in card) == bool(classes)
     code = card.split("```python\n")[1].split("```")[0].replace("OWNER/NAME", str(tmp_path / "folder"))
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
