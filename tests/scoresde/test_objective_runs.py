@@ -46,8 +46,8 @@ def run(workdir, objective, callback=None, **changes):
     return train(settings(**changes), workdir, progress=False, callback=callback, objective=objective, data=points())
 
 
-def built(name):
-    """An entry of the table with its defaults, on a model in float64."""
+def built(name, **changes):
+    """An entry of the table, on a model in float64."""
     torch.manual_seed(0)
     spec = points().spec.to_dict()
     options = {"shape": [2], "conditions": spec["conditions"], "width": 16, "depth": 1}
@@ -59,7 +59,7 @@ def built(name):
             "codec": {"name": "affine", "affine": {"data_shape": [2], "shift": 0.5, "scale": 2.0}},
         }
     )
-    return OBJECTIVES[name](model.double())
+    return OBJECTIVES[name](model, **changes).double()
 
 
 def everything(workdir):
@@ -95,6 +95,7 @@ class Stop(Exception):
 
 
 CASES = {**TOYS, **{name: (lambda name=name: built(name)) for name in OBJECTIVES}}
+CASES["uncertainty"] = lambda: built("edm", uncertainty=True)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
