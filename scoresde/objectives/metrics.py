@@ -44,7 +44,7 @@ class HalfSquareSum(Metric):
 @dataclass(frozen=True)
 class PseudoHuber(Metric):
     r""":math:`\sqrt{\|e\|^2 + c^2 D} - c \sqrt D`: a square error up to about c per element, a norm beyond, so that
-    samples with a large error do not rule the gradient (Song & Dhariwal 2023, arXiv:2310.14189, eq. 8).
+    samples with a large error do not rule the gradient (Song & Dhariwal 2023, arXiv:2310.14189).
 
     It is no square error: the minimiser is between the mean and the median, and no score.
 

@@ -86,7 +86,7 @@ class HalfLogSNRTimes(_NoiseTimes):
 class ImportanceTimes(HalfLogSNRTimes):
     r"""Density in proportion to :math:`g^2 / \sigma^2`: uniform in lambda, with the objective of uniform times.
 
-    Source: Song et al. 2021b, arXiv:2101.09258, section 5.1, exact here through `SDE.time_at`.
+    Source: Song et al. 2021b, arXiv:2101.09258, exact here through `SDE.time_at`.
     """
 
     corrected: bool = True
@@ -159,7 +159,7 @@ class CosineTimes(_NoiseTimes):
     r"""Uniform in the angle atan(sigma / alpha): the times of the cosine schedule, whatever the law's own.
 
     In lambda the density is in proportion to :math:`1 / \cosh\lambda`. Source: Nichol & Dhariwal 2021,
-    arXiv:2102.09672; as a law of noise levels, Kingma & Gao 2023, arXiv:2303.00848, Table 1; "CosMap" of
+    arXiv:2102.09672; as a law of noise levels, Kingma & Gao 2023, arXiv:2303.00848; "CosMap" of
     arXiv:2403.03206.
     """
 

@@ -15,7 +15,7 @@ class Uncertainty(nn.Module):
     r"""u(lambda): a linear function of random Fourier features of the noise level, 0 at first.
 
     Trained on :math:`e^{-u} \ell + u` its optimum is :math:`u = \log E[\ell]` at every noise level (Karras et al. 2024,
-    arXiv:2312.02696, eq. 14; the noise level is :math:`c_{noise} = \tfrac14 \log(\sigma / \alpha)`). Frequencies and
+    arXiv:2312.02696; the noise level is :math:`c_{noise} = \tfrac14 \log(\sigma / \alpha)`). Frequencies and
     phases are the same in every run, and are saved.
 
     Args:

@@ -149,8 +149,7 @@ class TruncatedSNRWeighting(Weighting):
 class MinSNRWeighting(Weighting):
     r"""w = min(SNR, gamma) / SNR: low noise levels count as little as with a prediction of the data.
 
-    On the data it is min(SNR, gamma), on v min(SNR, gamma) / (SNR + 1). Source: Hang et al. 2023, arXiv:2303.09556,
-    section 3.4.
+    On the data it is min(SNR, gamma), on v min(SNR, gamma) / (SNR + 1). Source: Hang et al. 2023, arXiv:2303.09556.
 
     Args:
         gamma: SNR above which the data's error counts the same at every level.
@@ -184,7 +183,7 @@ class SoftMinSNRWeighting(Weighting):
 
 @dataclass(frozen=True)
 class P2Weighting(Weighting):
-    r"""w = :math:`(k + \mathrm{SNR})^{-\gamma}` (Choi et al. 2022, arXiv:2204.00227, eq. 8).
+    r"""w = :math:`(k + \mathrm{SNR})^{-\gamma}` (Choi et al. 2022, arXiv:2204.00227).
 
     Args:
         gamma: how strongly low noise levels are weighed down; 0 is "uniform".
@@ -210,7 +209,7 @@ class LikelihoodWeighting(Weighting):
     Half the sum of its square errors (metric "half_sum") averages to :math:`\int \|\hat\epsilon - \epsilon\|^2
     d\lambda`, per unit of time. On a chain, where time is counted in whole chains, it is the sum of the KLs of its
     steps of the posterior's variance, and at level 0 the decoder's square error over the variance of level 1: the terms
-    of `elbo`. Sources: Song et al. 2021b, arXiv:2101.09258, theorem 1; Kingma et al. 2021, arXiv:2107.00630; Ho et al.
+    of `elbo`. Sources: Song et al. 2021b, arXiv:2101.09258; Kingma et al. 2021, arXiv:2107.00630; Ho et al.
     2020, eq. 5.
     """
 
@@ -235,7 +234,7 @@ class SigmoidWeighting(Weighting):
     r"""w = :math:`g^2 / \sigma^2\; \mathrm{sigmoid}(b - 2\lambda)`: the bound's integral over lambda, with low noise
     levels weighed down. As a weight of the integral it is monotone, so that it is a bound for noised data.
 
-    Source: Kingma & Gao 2023, arXiv:2303.00848, section 5; Hoogeboom et al. 2024, arXiv:2410.19324, where it stands as
+    Source: Kingma & Gao 2023, arXiv:2303.00848; Hoogeboom et al. 2024, arXiv:2410.19324, where it stands as
     :math:`e^b\, \mathrm{sigmoid}(2\lambda - b)` on the data.
 
     Args:
