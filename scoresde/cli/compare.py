@@ -50,9 +50,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Compare, and leave a table and pictures."""
     from scoresde.comparison import compare
     from scoresde.comparison.specs import parse_grid
+    from scoresde.storage.processes import process, together
 
     trained = arguments.workdir or arguments.checkpoint
-    problem, options = (_trained if trained else _toy)(arguments, overrides)
+    problem, options = together(lambda: (_trained if trained else _toy)(arguments, overrides))
     out = Path(arguments.out or Path(arguments.workdir or ".") / "compare")
     result = compare(
         problem,
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         resume=not arguments.restart,
         **options,
     )
+    if process()[0] > 0:
+        return
     result.to_csv(out / "compare.csv")
     result.to_json(out / "compare.json")
     print(result.table())

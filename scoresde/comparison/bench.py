@@ -14,6 +14,7 @@ from scoresde.comparison.specs import Entry
 from scoresde.comparison.timing import Followed, Stopwatch, Timed, WatchedDraw
 from scoresde.data.spec import DataSpec
 from scoresde.models.score_model import ScoreModel
+from scoresde.storage.processes import Shares
 from sde_lib import Chain, Knot, ReverseSDE
 from solvers import (
     BrownianPath,
@@ -109,10 +110,9 @@ class Bench:
         return tuple(int(k) for k in shape)
 
     # --- what everybody starts from -------------------------------------------------------------------------------
-    @property
-    def parts(self) -> list[slice]:
-        """Rows of each batch."""
-        return [slice(i, min(i + self.batch_size, self.n)) for i in range(0, self.n, self.batch_size)]
+    def shares(self, coupled: bool) -> Shares:
+        """The rows in batches, divided over the processes; if rows of a batch are coupled, the batches are as given."""
+        return Shares(self.n, self.batch_size, coupled)
 
     def seeds(self, repetition: int) -> list[int]:
         """One per sample: consecutive numbers, the first of which is a hash of the seed and the repetition."""
@@ -130,14 +130,14 @@ class Bench:
             self._drawn = repetition, self.law.prior(draw, like)
         return self._drawn[1]
 
-    def noise(self, repetition: int, rows: slice) -> Noise:
+    def noise(self, repetition: int, rows: range) -> Noise:
         """The noise of some samples."""
-        seeds = self.seeds(repetition)[rows]
+        seeds = self.seeds(repetition)[rows.start : rows.stop]
         return BrownianPath(seeds) if self.paths else PerSample(seeds)
 
-    def select(self, rows: slice) -> ReverseSDE:
+    def select(self, rows: range) -> ReverseSDE:
         """The reverse SDE of some samples."""
-        if rows == slice(0, self.n):
+        if rows == range(self.n):
             return self.rev
         return self.rev.select(torch.arange(rows.start, rows.stop, device=self.device))
 
@@ -164,7 +164,7 @@ class Bench:
         self,
         solver: Solver,
         repetition: int,
-        rows: slice,
+        rows: range,
         grid: GridLike,
         watches: tuple[Stopwatch, Stopwatch] | None = None,
         plain_noise: bool = False,
@@ -183,7 +183,7 @@ class Bench:
             progress: called with the knot of every network call.
             **budget: steps or nfe.
         """
-        x = self.starts(repetition)[rows]
+        x = self.starts(repetition)[rows.start : rows.stop]
         rev = self.select(rows)
         draw = as_draw(0, x) if plain_noise else self.noise(repetition, rows).bind(x)
         if progress is not None:
@@ -205,9 +205,9 @@ class Bench:
             ValueError: if it is not finite.
         """
         middle = 0.5 * (self.law.t_min + self.law.t_max) if self.law.has_time else self.law.n // 2
-        rows = self.parts[0]
+        rows = range(min(self.batch_size, self.n))
         with torch.no_grad():
-            raw = self.select(rows)(self.starts(0)[rows], self.law.knot(middle)).raw.double()
+            raw = self.select(rows)(self.starts(0)[: len(rows)], self.law.knot(middle)).raw.double()
         if not bool(torch.isfinite(raw).all()):
             raise ValueError(f"The network's answer at the prior's draws and t = {middle:g} is not finite.")
         return [*raw.flatten()[:8].tolist(), float(raw.square().mean().sqrt())]

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from scoresde.comparison.store import RunStore
 from scoresde.comparison.stored_references import ReferenceStore
 from scoresde.metrics import Features
 from scoresde.models.score_model import ScoreModel
+from scoresde.storage.processes import first_tells, process, together
 from sde_lib import ReverseSDE
 from solvers import Solver
 from solvers.grids import GridLike
@@ -82,6 +84,11 @@ def compare(
     strong error; a solver that draws noise outside the path (correctors, churn, torchsde) has no such limit and gets
     distances only. Every solver on a chain: itself over all levels.
 
+    In a process group of `torch.distributed` the processes divide the samples of every run and of every reference,
+    batch by batch, and all get the whole result; the first one writes. Figures are those of one process, bitwise where
+    the batches are the same (`batch_size` <= n / processes), else as batches of another size round. The seconds are
+    those of the slowest process for its share: they are of so many processes, as the row's `machine` says.
+
     A budget that is too small, and a run that fails, become rows with a ``status`` ("skipped", "failed") and a
     ``reason``. Adaptive solvers run at each `rtol` (with atol = rtol) instead of `nfe`, unless their rtol is not the
     class's default: then once, as they are. Given times take the place of budgets likewise.
@@ -140,16 +147,21 @@ def compare(
     paths = bool(path_error and refine)
     bench = Bench(problem, shape, n, seed, grid, end, start, decode, batch_size, dtype, device, paths)
     references = References(bench, path_error, flow, tolerance, refine, strong, progress)
-    judges = Judges(samples, floor, metrics, features, bench.n, bench.data_shape, repetitions)
+    judges = together(lambda: Judges(samples, floor, metrics, features, bench.n, bench.data_shape, repetitions))
     runs = Runs(bench, references, judges, min_run_time)
     probe = runs.probe()
-    store = None
-    if path is not None:
-        path = Path(path)
-        path = path if path.suffix == ".jsonl" else path / "compare.jsonl"
-        begun = resume and path.exists() and path.stat().st_size > 0
-        store = RunStore(path, runs.settings(), probe, resume)
-        references.store = ReferenceStore(path.with_name(f"{path.stem}_references"), resume=begun)
+    store: RunStore | None = None
+
+    def opened() -> None:
+        nonlocal store
+        if path is not None:
+            file = Path(path)
+            file = file if file.suffix == ".jsonl" else file / "compare.jsonl"
+            begun = resume and file.exists() and file.stat().st_size > 0
+            store = RunStore(file, runs.settings(), probe, resume)
+            references.store = ReferenceStore(file.with_name(f"{file.stem}_references"), resume=begun)
+
+    first_tells(opened)
     plan = [
         (r, entry, budget)
         for r in range(repetitions)
@@ -158,7 +170,7 @@ def compare(
     ]
     result = Comparison(runs.settings(), runs.environment(), judges.floors, shape=bench.data_shape, range=bench.range)
     most = {entry.label: references.most_steps(entry, nfe) for entry in entries}
-    disable = None if progress is None else not progress
+    disable = process()[0] > 0 or (None if progress is None else not progress)
     shown = tqdm(plan, desc="comparing", unit="run", disable=disable, file=sys.stderr)
     with nullcontext() if store is None else store, shown as bar:
         for r, entry, budget in bar:
@@ -166,12 +178,20 @@ def compare(
             reference = references.name(entry, budget, most[entry.label])
             where = grid_key(bench.grid_of(entry))
             key = f"{budget.solver!r} | {where} | {budget.name} | {reference} | repetition {r}"
-            done = None if store is None else store.find(key)
+            done = first_tells(partial(_stored, store, key))
             if done is None:
                 figures, kept = runs.execute(entry, budget, r, most[entry.label])
                 done = {"key": key, "repetition": r, "budget": budget.name, **figures}, kept
-                if store is not None:
-                    store.add(*done)
+                first_tells(partial(_store, store, *done))
             run, kept = done
             result.add({**run, "label": entry.label}, kept)
     return result
+
+
+def _stored(store: RunStore | None, key: str) -> tuple[dict[str, Any], Tensor | None] | None:
+    return None if store is None else store.find(key)
+
+
+def _store(store: RunStore | None, run: dict[str, Any], samples: Tensor | None) -> None:
+    if store is not None:
+        store.add(run, samples)

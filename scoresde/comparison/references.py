@@ -19,6 +19,7 @@ from scoresde.comparison.specs import Budget, Entry
 from scoresde.comparison.store import finite
 from scoresde.comparison.stored_references import Reference, ReferenceStore
 from scoresde.storage.files import one_line
+from scoresde.storage.processes import first_tells, process, together
 from sde_lib import Knot
 from solvers import AdaptiveRungeKutta, Grid, Solution, Solver
 from solvers.grids import GridLike
@@ -64,7 +65,7 @@ class References:
         self.tolerance = tolerance or (1e-10 if bench.dtype == torch.float64 else 1e-6)
         self._repetition = -1
         self._made: dict[str, Reference] = {}
-        self._disable = None if progress is None else not progress
+        self._disable = process()[0] > 0 or (None if progress is None else not progress)
         self.store: ReferenceStore | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -103,35 +104,35 @@ class References:
         who = "solver's own run" if self.strong is None else f"run by {describe(self.strong)}"
         return f"{who} of {self.refine * most} steps on the same path"
 
-    def of(self, entry: Entry, budget: Budget, repetition: int, most: int, solution: Solution) -> Reference:
-        """The reference of a finished run. If it cannot be made, the run lacks its distance and nothing else."""
+    def of(self, entry: Entry, budget: Budget, repetition: int, most: int, times: Sequence[float]) -> Reference:
+        """The reference of a finished run that went over `times`. If it cannot be made, the run lacks its distance and
+        nothing else."""
         name = self.name(entry, budget, most)
         if name.startswith("none"):
             return Reference(None, None, name)
         if repetition != self._repetition:  # what belongs to the last repetition is done with
             self._made.clear()
             self._repetition = repetition
-        key, make = self._plan(name, entry, budget, repetition, most, solution)
+        key, make = self._plan(name, entry, budget, repetition, most, times)
         if key not in self._made:
             self._made[key] = self._kept(f"{key} | repetition {repetition}", name, make)
         return self._made[key]
 
     def _kept(self, key: str, name: str, make: Callable[[], Reference]) -> Reference:
         """The stored reference, or a new one, which is stored unless it is by a given flow: two flows look alike."""
-        store = self.store if self.flow is None else None
-        found = None if store is None else store.find(key, self.bench.starts(self._repetition))
-        if found is not None:
-            return found
+        store, starts = self.store if self.flow is None else None, self.bench.starts(self._repetition)
+        found = first_tells(lambda: None if store is None else store.find(key, starts.cpu()))
+        if found is not None and found.x is not None:
+            return found._replace(x=found.x.to(starts.device))
         try:
             made = make()
         except Exception as error:
             return _failed(name, error)
-        if store is not None:
-            store.keep(key, made)
+        first_tells(lambda: None if store is None else store.keep(key, made))
         return made
 
     def _plan(
-        self, name: str, entry: Entry, budget: Budget, repetition: int, most: int, solution: Solution
+        self, name: str, entry: Entry, budget: Budget, repetition: int, most: int, times: Sequence[float]
     ) -> tuple[str, Callable[[], Reference]]:
         """What the reference depends on, and how it is made."""
         bench, grid = self.bench, self.bench.grid_of(entry)
@@ -139,7 +140,6 @@ class References:
             make = partial(self._walked, name, entry.solver, repetition, bench.law, None)
             return f"{name} | {entry.solver!r}", make
         if not budget.solver.stochastic:
-            times = solution.times.tolist()
             first, last = times[0], times[-2] if bench.end == "denoise" else times[-1]
             make = partial(self._flowed if self.flow is not None else self._integrated, name, repetition, first, last)
             return f"{name} | {first!r} to {last!r}", make
@@ -149,47 +149,65 @@ class References:
 
     def _integrated(self, name: str, repetition: int, first: float, last: float) -> Reference:
         """The probability-flow ODE by the adaptive solver."""
-        bench, few = self.bench, slice(0, min(_CHECKED, self.bench.n))
+        bench = self.bench
         tight = AdaptiveRungeKutta(rtol=self.tolerance, atol=self.tolerance)
         loose = AdaptiveRungeKutta(rtol=10 * self.tolerance, atol=10 * self.tolerance)
-        found = []
         ends = bench.law.knot(first), bench.law.knot(last)
-        for i, rows in enumerate(bench.parts):
-            with self._bar(f"{name}{_part(i, len(bench.parts))}", 100, "%") as bar:
+
+        def reached(rows: range, part: str) -> Tensor:
+            with self._bar(f"{name}{part}", 100, "%") as bar:
                 along = _along(bar, *ends)
-                found.append(bench.solve(tight, repetition, rows, [first, last], progress=along)[0])
-        return _judged(name, found, bench.solve(loose, repetition, few, [first, last])[0])
+                return _states(bench.solve(tight, repetition, rows, [first, last], progress=along)[0])
+
+        x = self._divided(tight.batch_coupled, reached)
+        rougher = self._of_few(lambda few: bench.solve(loose, repetition, few, [first, last])[0])
+        return Reference(x, _error(x, rougher), name)
 
     def _flowed(self, name: str, repetition: int, first: float, last: float) -> Reference:
         """The given flow, then the posterior mean if runs end in it."""
         assert self.flow is not None
-        bench, states = self.bench, []
+        flow, bench = self.flow, self.bench
         here, there = bench.law.knot(first), bench.law.knot(last)
-        for rows in bench.parts:
-            x = bench.starts(repetition)[rows]
-            state = self.flow(x, here, there)
+
+        def reached(rows: range, part: str) -> Tensor:
+            x = bench.starts(repetition)[rows.start : rows.stop]
+            state = flow(x, here, there)
             if not isinstance(state, Tensor) or state.shape != x.shape:
                 got = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
                 raise ValueError(f"`flow` must return a tensor of shape {tuple(x.shape)}, got {got}.")
             if bench.end == "denoise":
                 with torch.no_grad():
                     state = bench.select(rows)(state, there).data
-            states.append(state)
-        return Reference(torch.cat(states), None, name)
+            return state
+
+        return Reference(self._divided(False, reached), None, name)
 
     def _walked(self, name: str, solver: Solver, repetition: int, grid: GridLike, steps: int | None) -> Reference:
         """A run on the same noise, finer."""
         bench = self.bench
-        found = []
-        for i, rows in enumerate(bench.parts):
-            with self._bar(f"{name}{_part(i, len(bench.parts))}", None, "call") as bar:
-                count = partial(_count_call, bar)
-                found.append(bench.solve(solver, repetition, rows, grid, progress=count, steps=steps)[0])
-        if steps is None:
-            return _judged(name, found, None)
-        few = slice(0, min(_CHECKED, bench.n))
-        return _judged(name, found, bench.solve(solver, repetition, few, grid, steps=steps // 2)[0])
 
+        def reached(rows: range, part: str) -> Tensor:
+            with self._bar(f"{name}{part}", None, "call") as bar:
+                count = partial(_count_call, bar)
+                return _states(bench.solve(solver, repetition, rows, grid, progress=count, steps=steps)[0])
+
+        x = self._divided(solver.batch_coupled, reached)
+        if steps is None:
+            return Reference(x, None, name)
+        rougher = self._of_few(lambda few: bench.solve(solver, repetition, few, grid, steps=steps // 2)[0])
+        return Reference(x, _error(x, rougher), name)
+
+    def _divided(self, coupled: bool, reached: Callable[[range, str], Tensor]) -> Tensor:
+        """The states of all samples, (n, *D), of which every process makes its share, batch by batch."""
+        shares = self.bench.shares(coupled)
+        count = len(shares.mine)
+        made = together(lambda: [reached(rows, _part(i, count)) for i, rows in enumerate(shares.mine)])
+        return shares.all(made).to(self.bench.device)
+
+    def _of_few(self, run: Callable[[range], Solution]) -> Tensor:
+        """The states of the first few samples, from the first process."""
+        few = range(min(_CHECKED, self.bench.n))
+        return first_tells(lambda: run(few).x.cpu()).to(self.bench.device)
 
     @contextmanager
     def _bar(self, name: str, total: int | None, unit: str) -> Iterator[tqdm]:
@@ -227,19 +245,19 @@ def _count_call(bar: tqdm, knot: Knot) -> None:
     bar.update()
 
 
-def _judged(name: str, found: list[Solution], rougher: Solution | None) -> Reference:
-    """The states, and their distance from a rougher run on a few samples."""
-    failed = next((solution.message for solution in found if not solution.ok), None)
-    if failed is not None:
-        return _failed(name, failed)
-    x = torch.cat([solution.x for solution in found])
-    if rougher is None:
-        return Reference(x, None, name)
-    gaps = distances(rougher.x, x[: len(rougher.x)])
-    return Reference(x, finite(float(gaps.square().mean().sqrt())), name)
+def _states(solution: Solution) -> Tensor:
+    """Where a run led, if it did."""
+    if not solution.ok:
+        raise ArithmeticError(solution.message)
+    return solution.x
 
 
-def _failed(name: str, error: BaseException | str) -> Reference:
+def _error(x: Tensor, rougher: Tensor) -> float | None:
+    """Root mean square distance from a rougher run on a few samples."""
+    return finite(float(distances(rougher, x[: len(rougher)]).square().mean().sqrt()))
+
+
+def _failed(name: str, error: BaseException) -> Reference:
     return Reference(None, None, f"none (the {name} failed: {one_line(error)})")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,32 @@ from scoresde.comparison.specs import Budget, Entry
 from scoresde.comparison.stored_references import Reference
 from scoresde.comparison.timing import Stopwatch, median_seconds, plain_draw_seconds, synchronize
 from scoresde.storage.files import one_line
+from scoresde.storage.processes import Shares, first_tells, from_all, process, together
 from solvers import Solution, Solver
 from solvers.grids import GridLike
 from solvers.words import describe_grid
 
 KEPT_IMAGES, KEPT_POINTS = 16, 4000
 """Samples of the first repetition that are kept for the sheet."""
+
+
+class _Share(NamedTuple):
+    """A process's share of a run: its solutions batch by batch, and figures of it."""
+
+    found: list[Solution]
+    figures: dict[str, Any]
+
+
+class _Run(NamedTuple):
+    """A finished run: its cost, the states (n, *D), the times of its first batch, how many samples failed and what was
+    said, and how much noise it drew outside the path."""
+
+    cost: dict[str, Any]
+    x: Tensor
+    times: list[float]
+    failed: int
+    message: str
+    off_path: int
 
 
 class Runs:
@@ -53,10 +73,12 @@ class Runs:
     def environment(self) -> dict[str, Any]:
         """What times depend on."""
         device = self.bench.device
+        world = process()[1]
         return {
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "threads": torch.get_num_threads(),
+            **({"processes": world} if world > 1 else {}),
         }
 
     def probe(self) -> dict[str, tuple[list[float], float]]:
@@ -68,7 +90,7 @@ class Runs:
         bench = self.bench
         loose = {torch.float64: 1e-8, torch.float32: 1e-4}.get(bench.dtype, 1e-2)
         found = {"network": (bench.probe(), loose)}
-        figures = self.judges.figures(bench.decode(bench.starts(0)).cpu())
+        figures = first_tells(lambda: self.judges.figures(bench.decode(bench.starts(0)).cpu()))
         # generous: a metric of the user's own may draw random directions
         return found | {name: ([value], 0.1) for name, value in figures.items() if value is not None}
 
@@ -85,25 +107,43 @@ class Runs:
             "machine": ", ".join(f"{key} {value}" for key, value in self.environment().items()),
         }
         try:
-            cost, found, off_path = self._timed(entry, budget, repetition)
-            figures |= cost
-            if not all(solution.ok for solution in found):
-                bad = sum(int((solution.status != 0).sum()) for solution in found)
-                message = next(solution.message for solution in found if not solution.ok)
-                reason = f"{bad} of {self.bench.n} samples: {one_line(message)}"
+            run = self._run(entry, budget, repetition)
+            figures |= run.cost
+            if run.failed:
+                reason = f"{run.failed} of {self.bench.n} samples: {one_line(run.message)}"
                 return figures | {"status": "failed", "reason": reason}, None
-            x = torch.cat([solution.x for solution in found])
             figures |= {"status": "ok", "reason": ""}
-            figures |= self._path(x, entry, budget, repetition, most, found[0], off_path)
-            decoded = self.bench.decode(x).cpu()
-            return figures | self.judges.figures(decoded), _kept(decoded) if repetition == 0 else None
+            figures |= self._path(run, entry, budget, repetition, most)
+            judged, kept = first_tells(lambda: self._judged(run.x, repetition))
+            return figures | judged, kept
         except (ValueError, TypeError, ImportError) as error:
             return figures | {"status": "skipped", "reason": one_line(error)}, None
         except Exception as error:  # a solver's defect costs its row, not the other solvers' hours
             return figures | {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)}"}, None
 
-    def _timed(self, entry: Entry, budget: Budget, repetition: int) -> tuple[dict[str, Any], list[Solution], int]:
-        """What the run cost, its solutions part by part, and how much noise it drew outside the path."""
+    def _run(self, entry: Entry, budget: Budget, repetition: int) -> _Run:
+        """The run of all processes: each times its share of the samples, and the slowest one's times count."""
+        shares = self.bench.shares(budget.solver.batch_coupled)
+        share = together(lambda: self._timed(entry, budget, repetition, shares))
+        every = from_all(share.figures)
+        first = every[0]  # has the first batch
+        slowest = max(every, key=lambda figures: figures["seconds"])
+        nfe = shares.all([solution.nfe for solution in share.found])
+        times = ("seconds", "network_seconds", "overhead_seconds", "noise_seconds")
+        cost = {
+            "nfe": float(nfe.double().mean()),
+            "nfe_max": int(nfe.max()),
+            "steps": len(first["times"]) - 1 - int(first["times"][-1] == 0.0),
+            "t_start": first["times"][0],
+            **{name: slowest[name] for name in times},
+        }
+        failed = sum(figures["failed"] for figures in every)
+        message = next((figures["message"] for figures in every if figures["failed"]), "")
+        x = shares.all([solution.x for solution in share.found]).to(self.bench.device)
+        return _Run(cost, x, first["times"], failed, message, sum(figures["off_path"] for figures in every))
+
+    def _timed(self, entry: Entry, budget: Budget, repetition: int, shares: Shares) -> _Share:
+        """This process's share of a run."""
         bench, solver, grid = self.bench, budget.solver, self.bench.grid_of(entry)
         bench.check_start(solver, grid)
         options = self._options(budget, grid, repetition)
@@ -113,7 +153,7 @@ class Runs:
         starts = bench.starts(repetition)
         synchronize(bench.device)
         began = time.perf_counter()
-        for rows in bench.parts:
+        for rows in shares.mine:
             solution, watched = bench.solve(solver, repetition, rows, grid, (network, noise), **options)
             assert watched is not None
             found.append(solution)
@@ -121,29 +161,31 @@ class Runs:
         synchronize(bench.device)
         wall = time.perf_counter() - began
         if self._draw_seconds is None:
-            self._draw_seconds = plain_draw_seconds(starts[bench.parts[0]])
+            self._draw_seconds = plain_draw_seconds(starts[: len(shares.batches[0])])
         seconds = wall - noise.seconds + draws * self._draw_seconds
         in_network = network.seconds
-        if seconds < self.min_run_time and all(solution.ok for solution in found):
+        if found and seconds < self.min_run_time and all(solution.ok for solution in found):
             share = in_network / seconds
-            seconds = median_seconds(partial(self._again, solver, repetition, grid, options), self.min_run_time)
+            again = partial(self._again, solver, repetition, grid, options, shares)
+            seconds = median_seconds(again, self.min_run_time)
             in_network = share * seconds
-        nfe, times = torch.cat([solution.nfe for solution in found]), found[0].times
-        cost = {
-            "nfe": float(nfe.double().mean()),
-            "nfe_max": int(nfe.max()),
-            "steps": len(times) - 1 - int(float(times[-1]) == 0.0),
-            "t_start": float(times[0]),
+        figures = {
             "seconds": seconds,
             "network_seconds": in_network,
             "overhead_seconds": seconds - in_network,
             "noise_seconds": noise.seconds,
+            "times": found[0].times.tolist() if found else [],
+            "failed": sum(int((solution.status != 0).sum()) for solution in found),
+            "message": next((solution.message for solution in found if not solution.ok), ""),
+            "off_path": off_path,
         }
-        return cost, found, off_path
+        return _Share(found, figures)
 
-    def _again(self, solver: Solver, repetition: int, grid: GridLike, options: dict[str, Any]) -> None:
-        """The run without watches, on ordinary noise."""
-        for rows in self.bench.parts:
+    def _again(
+        self, solver: Solver, repetition: int, grid: GridLike, options: dict[str, Any], shares: Shares
+    ) -> None:
+        """The share without watches, on ordinary noise."""
+        for rows in shares.mine:
             self.bench.solve(solver, repetition, rows, grid, plain_noise=True, **options)
 
     def _warm_up(self, entry: Entry, budget: Budget, repetition: int, options: dict[str, Any]) -> None:
@@ -152,20 +194,23 @@ class Runs:
         key = f"{budget.solver!r} {grid_key(grid)} {budget.name}"
         if key not in self._warm:
             self._warm.add(key)
-            self.bench.solve(budget.solver, repetition, slice(0, 1), grid, **options)
+            self.bench.solve(budget.solver, repetition, range(1), grid, **options)
 
-    def _path(
-        self, x: Tensor, entry: Entry, budget: Budget, repetition: int, most: int, solution: Solution, off_path: int
-    ) -> dict[str, Any]:
+    def _path(self, run: _Run, entry: Entry, budget: Budget, repetition: int, most: int) -> dict[str, Any]:
         """Distances to the reference."""
         reference = Reference(None, None, "none (it draws noise that the common path does not determine)")
-        if not (budget.solver.stochastic and off_path):
-            reference = self.references.of(entry, budget, repetition, most, solution)
+        if not (budget.solver.stochastic and run.off_path):
+            reference = self.references.of(entry, budget, repetition, most, run.times)
         figures = {"reference": reference.name, "reference_error": reference.error}
         if reference.x is None:
             return figures
-        gaps = distances(x, reference.x)
+        gaps = distances(run.x, reference.x)
         return figures | {"path_rms": float(gaps.square().mean().sqrt()), "path_median": float(gaps.median())}
+
+    def _judged(self, x: Tensor, repetition: int) -> tuple[dict[str, float | None], Tensor | None]:
+        """Distances to other samples, and what is shown of these."""
+        decoded = self.bench.decode(x).cpu()
+        return self.judges.figures(decoded), _kept(decoded) if repetition == 0 else None
 
     def _options(self, budget: Budget, grid: GridLike, repetition: int) -> dict[str, Any]:
         """The arguments of `solve` for the budget."""
@@ -175,7 +220,7 @@ class Runs:
         if not budget.solver.adaptive:
             return {"nfe": calls}
         # a library counts its own calls: ask it what one and two steps of one sample cost
-        runs = [self.bench.solve(budget.solver, repetition, slice(0, 1), grid, steps=k)[0] for k in (1, 2)]
+        runs = [self.bench.solve(budget.solver, repetition, range(1), grid, steps=k)[0] for k in (1, 2)]
         first, second = (int(run.nfe[0]) for run in runs)
         if calls < first:
             raise ValueError(f"{type(budget.solver).__name__} needs at least {first} network calls, got nfe={calls}")

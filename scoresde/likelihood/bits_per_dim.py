@@ -22,7 +22,7 @@ from scoresde.likelihood.scores import ScoreFile, fingerprint
 from scoresde.likelihood.scoring import Job, scored
 from scoresde.models.score_model import ScoreModel
 from scoresde.storage.models import usable_device
-from scoresde.storage.processes import hosts, process, together
+from scoresde.storage.processes import from_all, process, together
 from sde_lib import SDE
 from sde_lib._checks import check_count
 
@@ -115,7 +115,7 @@ def bits_per_dim(
                     bar.update(len(part))
 
         together(score)
-        done = _gathered(done)
+        done = {i: row for part in from_all(done) for i, row in part.items()}
         if file is not None:
             file.merge(done)
     table = torch.tensor([done[i] for i in range(len(data))], dtype=torch.float64)
@@ -152,13 +152,3 @@ def _check(
         raise ValueError(f"`levels` = {levels}, but the model was made for data with {spec.levels or 'no'} levels.")
     spec.check(data)
     return spec, model.law, codec
-
-
-def _gathered(done: dict[int, list[float]]) -> dict[int, list[float]]:
-    """The rows of all processes."""
-    world = process()[1]
-    if world == 1:
-        return done
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, done, group=hosts())
-    return {i: row for part in parts for i, row in part.items()}

@@ -48,8 +48,7 @@ def hosts() -> Any:
 def together(make: Callable[[], T]) -> T:
     """What `make` returns in this process, once it has worked in all. If it fails in some, the error of the first of
     them is raised in every one, so that none waits for ever. `make` must not be collective itself."""
-    _, world = process()
-    if world == 1:
+    if process()[1] == 1:
         return make()
     found: list[T] = []
     error: Exception | None = None
@@ -57,9 +56,7 @@ def together(make: Callable[[], T]) -> T:
         found.append(make())
     except Exception as caught:  # the others would wait for ever
         error = caught
-    errors: list[Any] = [None] * world
-    torch.distributed.all_gather_object(errors, None if error is None else _sendable(error), group=hosts())
-    _raise_first(errors, error)
+    _raise_first(from_all(None if error is None else _sendable(error)), error)
     return found[0]
 
 
@@ -79,6 +76,16 @@ def first_tells(make: Callable[[], T]) -> T:
     torch.distributed.broadcast_object_list(told, group=hosts())
     _raise_first([told[1]], error)
     found: T = told[0]
+    return found
+
+
+def from_all(value: T) -> list[T]:
+    """What every process has, by its number, in every process."""
+    world = process()[1]
+    if world == 1:
+        return [value]
+    found: list[Any] = [None] * world
+    torch.distributed.all_gather_object(found, value, group=hosts())
     return found
 
 
@@ -156,9 +163,7 @@ class Shares:
             return torch.cat([part.cpu() for part in parts])
         d, group = torch.distributed, hosts()
         like = (tuple(parts[0].shape[1:]), parts[0].dtype) if parts else None
-        found: list[Any] = [None] * world
-        d.all_gather_object(found, like, group=group)
-        shape, dtype = next(entry for entry in found if entry is not None)
+        shape, dtype = next(entry for entry in from_all(like) if entry is not None)
         out = torch.empty((self.n, *shape), dtype=dtype) if everywhere or rank == 0 else None
         own = iter(parts)
         for number, rows in enumerate(self.batches):

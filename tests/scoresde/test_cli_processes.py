@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -73,6 +74,22 @@ def test_likelihoods_are_those_of_one_process(trained, tmp_path):
     assert both["mean"] == pytest.approx(alone["mean"], rel=1e-5)
     assert both["elbo"] == alone["elbo"]  # its batches are the same
     assert not list((tmp_path / "two").glob("*rank*"))
+
+
+@pytest.mark.slow
+def test_a_comparison_is_that_of_one_process(tmp_path):
+    """The table but for its times, on a toy; the first process writes."""
+    words = ["compare", "--config=toy_ring", "--solvers=heun,ddim(eta=1)", "--nfe=4,8", "--n=9", "--batch-size=2"]
+    words += ["--repetitions=2"]
+    one, two = in_processes(2, command, [*words, f"--out={tmp_path / 'two'}"])
+    assert one[0] == two[0] == 0 and "heun" in one[1] and two[1] == ""
+    assert main([*words, f"--out={tmp_path / 'one'}"]) == 0
+    tables = []
+    for name in ("one", "two"):
+        with (tmp_path / name / "compare.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        tables.append([{k: v for k, v in row.items() if "seconds" not in k and k != "machine"} for row in rows])
+    assert tables[0] == tables[1] and len(tables[0]) == 4
 
 
 @pytest.mark.slow
