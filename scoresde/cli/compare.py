@@ -85,24 +85,19 @@ def _trained(arguments: argparse.Namespace, overrides: list[str]) -> tuple[Any, 
     import torch
 
     from scoresde import config
-    from scoresde.data.conditions import mapped
-    from scoresde.guidance import ClassifierFreeGuidance
 
     settings, model, _ = open_run(arguments, overrides)
-    spec, data = model.data_spec, config.make_data(settings)
-    held_out, train = data.held_out.data, data.train.data
+    data = config.make_data(settings)
     options: dict[str, Any] = {"dtype": torch.float64 if arguments.float64 else torch.float32}
-    condition = condition_of(given_conditions(arguments), spec, arguments.n)
-    if not condition:
-        if arguments.guidance is not None:
-            raise ValueError("--guidance needs a condition to guide to: give --class or --condition.NAME too.")
-        return model, {**options, "samples": held_out, "floor": train}
-    problem = model.reverse(mapped(lambda value: value.to(model.device), condition))
+    condition = condition_of(given_conditions(arguments), model.data_spec, arguments.n)
+    if condition:
+        options["condition"] = condition
     if arguments.guidance is not None:
-        problem = ClassifierFreeGuidance(problem, arguments.guidance)
-    held_out, train = _of_its_class(data.held_out, condition), _of_its_class(data.train, condition)
-    options |= {"shape": model.state_shape, "decode": model.decode, "device": model.device}
-    return problem, {**options, "samples": held_out, "floor": train}
+        if not condition:
+            raise ValueError("--guidance needs a condition to guide to: give --class or --condition.NAME too.")
+        options["guidance"] = arguments.guidance
+    held_out, train = (_of_its_class(part, condition) for part in (data.held_out, data.train))
+    return model, {**options, "samples": held_out, "floor": train}
 
 
 def _of_its_class(split: Split, condition: Mapping[str, Any]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from scoresde.comparison.specs import Entry
 from scoresde.comparison.timing import Followed, Stopwatch, Timed, WatchedDraw
+from scoresde.data.conditions import mapped
 from scoresde.data.spec import DataSpec
+from scoresde.guidance import ClassifierFreeGuidance
 from scoresde.models.score_model import ScoreModel
 from scoresde.storage.processes import Shares
 from sde_lib import Chain, Knot, ReverseSDE
@@ -47,6 +49,8 @@ class Bench:
         dtype: of the states.
         device: of the states; a score model's own by default.
         paths: whether the noise is one Brownian path per sample, shared between grids, or one stream per sample.
+        condition: conditions by name, n rows each.
+        guidance: scale of classifier-free guidance; 1: none.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class Bench:
         dtype: torch.dtype,
         device: torch.device | str | None,
         paths: bool,
+        condition: Mapping[str, Any] | None,
+        guidance: float,
     ) -> None:
         spec: DataSpec | None = None
         state: tuple[int, ...] | None = None
@@ -87,6 +93,7 @@ class Bench:
         (self.n,) = integers("n", [n if start is None else len(start)])
         self.seed, self.end, self.paths = int(seed), end, paths
         self.start = None if start is None else start.to(self.device, dtype)
+        self.rev, self.under = self._under(condition, guidance, spec)
         self.shape = self._shape(shape, state)
         self.grid: GridLike = default_grid(self.law) if grid is None else grid
         self.batch_size = self.n if batch_size is None else integers("batch_size", [batch_size])[0]
@@ -96,6 +103,26 @@ class Bench:
             self.range = spec.range if spec.levels is None else (0.0, spec.levels - 1.0)
         self._drawn: tuple[int, Tensor] | None = None
         self.data_shape = tuple(self.decode(self.starts(0)[:1]).shape[1:])
+
+    def _under(
+        self, condition: Mapping[str, Any] | None, guidance: float, spec: DataSpec | None
+    ) -> tuple[ReverseSDE, dict[str, Any]]:
+        """The problem under conditions and guidance, and what tells these from others, for JSON."""
+        rev = self.rev
+        if condition is not None and not isinstance(condition, Mapping):
+            raise TypeError(f"`condition` must be a mapping of names, got {type(condition).__name__}.")
+        if condition:
+            if spec is not None and spec.conditions:
+                spec.check_condition(condition, self.n)
+            rev = rev.given(**mapped(self._rows, condition))
+        if guidance != 1.0:
+            rev = ClassifierFreeGuidance(rev, guidance)
+        return rev, {"condition": mapped(digest, dict(condition or {})), "guidance": float(guidance)}
+
+    def _rows(self, value: Tensor) -> Tensor:
+        if value.ndim and len(value) != self.n:
+            raise ValueError(f"`condition` needs a row for each of the {self.n} samples, got {len(value)}.")
+        return value.to(self.device)
 
     def _shape(self, shape: Sequence[int] | None, state: tuple[int, ...] | None) -> tuple[int, ...]:
         if self.start is not None:

@@ -36,6 +36,8 @@ def compare(
     *,
     nfe: Sequence[int] = (5, 10, 20, 50),
     rtol: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4),
+    condition: Mapping[str, Any] | None = None,
+    guidance: float = 1.0,
     shape: Sequence[int] | None = None,
     n: int = 256,
     repetitions: int = 3,
@@ -100,6 +102,9 @@ def compare(
             solver's own. Any name in `solvers.SOLVERS`.
         nfe: budgets of network calls per sample.
         rtol: tolerances of adaptive solvers.
+        condition: conditions by name, n rows each: sample i has row i, whatever the batch or the repetition. They are
+            added to those that a `ReverseSDE` has already.
+        guidance: scale of classifier-free guidance, see `ClassifierFreeGuidance`; 1: none. References are guided, too.
         shape: D of one sample; a score model knows its own.
         n: samples per repetition.
         repetitions: of everything, with other starts and noise; they give the ``_se`` columns, standard errors.
@@ -145,7 +150,9 @@ def compare(
     if not isinstance(min_run_time, float | int) or not 0 <= min_run_time < math.inf:
         raise ValueError(f"`min_run_time` must be a number of seconds >= 0, got {min_run_time!r}.")
     paths = bool(path_error and refine)
-    bench = Bench(problem, shape, n, seed, grid, end, start, decode, batch_size, dtype, device, paths)
+    bench = Bench(
+        problem, shape, n, seed, grid, end, start, decode, batch_size, dtype, device, paths, condition, guidance
+    )
     references = References(bench, path_error, flow, tolerance, refine, strong, progress)
     judges = together(lambda: Judges(samples, floor, metrics, features, bench.n, bench.data_shape, repetitions))
     runs = Runs(bench, references, judges, min_run_time)

@@ -66,6 +66,7 @@ class Runs:
             "device": bench.device.type,
             "batch_size": bench.batch_size,
             "nfe_per_call": bench.rev.nfe_per_call,
+            **bench.under,
             **self.references.settings(),
             **self.judges.settings(),
         }

@@ -131,12 +131,11 @@ def replaced(value: Any, null: Any, where: Tensor) -> Any:
     return torch.where(where.reshape(-1, *[1] * (value.ndim - 1)), null.to(value.dtype), value)
 
 
-def mapped(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
+def mapped(fn: Callable[[Tensor], Any], value: Any) -> Any:
     """`fn` of every tensor, at every depth of nested mappings; other values are kept."""
     if isinstance(value, Tensor):
         return fn(value)
     return {name: mapped(fn, v) for name, v in value.items()} if isinstance(value, Mapping) else value
-
 
 
 

@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils import benchmark
 
-from scoresde import Comparison, DataSpec, ScoreModel, UNet, compare
+from scoresde import MLP, Comparison, DataSpec, ScoreModel, UNet, compare
 from scoresde.comparison import bench, describe, parse_spec, runs, timing
 from scoresde.comparison.specs import split_specs
+from scoresde.data import classes
 from scoresde.guidance import ClassifierFreeGuidance
 from sde_lib import VPSDE, FlowSDE, GaussianMixture, Knot, Wrapper
 from solvers import (
@@ -345,31 +346,64 @@ def test_metrics_see_the_samples_in_data_units(end):
             assert part[name] == pytest.approx(row[name], rel=1e-6)
 
 
-def test_guidance_counts_and_conditions_go_with_their_samples():
-    """Two evaluations per call; sample i has class i in every part of the batch."""
+def test_conditions_go_with_their_samples(tmp_path):
+    """Sample i has row i in every part of the batch, at every depth, in runs and in their references; guidance costs
+    two evaluations a call. What was run under other conditions is another comparison."""
 
-    def score(x, t, class_label=None):
-        return -x if class_label is None else 2.0 * class_label[:, None] - x
+    def score(x, t, place=None):
+        return -x if place is None else SDE.alpha(t)[:, None] * place["deep"]["m"][:, None] * place["by"] - x
 
     labels = torch.arange(6.0, dtype=torch.float64)
-    rev = ClassifierFreeGuidance(SDE.reverse(score=score).given(class_label=labels), 1.5)
+    condition = {"place": {"deep": {"m": labels}, "by": 2.0}}
     seen = []
 
     def keep(x, y):
         seen.append(x.clone())
         return 0.0
 
-    options = {"shape": (2,), "n": 6, "nfe": (9,), "repetitions": 1, "dtype": torch.float64, **QUICK}
-    got = []
-    for batch_size in (None, 4):
-        (row,) = compare(
-            rev, "ddim", samples=torch.zeros(2, 2), metrics={"keep": keep}, batch_size=batch_size, **options
-        ).rows  # fmt: skip
-        assert row["nfe"] == 8 and row["status"] == "ok"
-        got.append(seen[-1])
-    whole, parts = got
+    def run(problem, batch_size=None, solvers="ddim,adaptive", **more):
+        options = {"shape": (2,), "n": 6, "nfe": (9,), "rtol": (1e-3,), "repetitions": 1, "dtype": torch.float64}
+        options |= {"tolerance": 1e-7, "samples": torch.zeros(2, 2), "metrics": {"keep": keep}, **QUICK, **more}
+        rows = compare(problem, solvers, batch_size=batch_size, **options).rows
+        return seen[-1], [row[name] for row in rows for name in ("nfe", "path_rms")]
+
+    rev = SDE.reverse(score=score)
+    whole, figures = run(rev, condition=condition, guidance=1.5)
+    parts, same = run(rev, batch_size=4, condition=condition, guidance=1.5)
+    wrapped, also = run(ClassifierFreeGuidance(rev.given(**condition), 1.5))
     torch.testing.assert_close(whole, parts)
-    assert bool((whole.mean(1).diff() > 0.5).all())
+    torch.testing.assert_close(whole, wrapped)
+    assert figures[:3] == pytest.approx(same[:3], rel=1e-6) and figures == pytest.approx(also, rel=1e-12)
+    assert figures[0] == 8 and 0 < figures[1] < 1
+    # unit variances: guidance moves the mean of row i from 2 i to 1.5 x 2 i (1 - alpha(T)), and nothing else
+    free, _ = run(rev, condition={"place": None})
+    shift = 3.0 * labels[:, None] * (1.0 - SDE.alpha(1.0))
+    torch.testing.assert_close(whole - free, shift.expand(6, 2), rtol=0, atol=1e-4)
+
+    kept = {"path": tmp_path, "solvers": "ddim"}
+    run(rev, condition=condition, **kept)
+    for more in ({"condition": {"place": {"deep": {"m": labels + 1}, "by": 2.0}}}, {"guidance": 1.5}):
+        with pytest.raises(ValueError, match="other settings"):
+            run(rev, **kept, **{"condition": condition, **more})
+
+
+def test_conditions_of_a_model_in_a_comparison():
+    spec = DataSpec((2,), conditions=classes(3))
+    model = ScoreModel(MLP((2,), conditions=spec.conditions), SDE, data_spec=spec)
+    options = {"n": 4, "nfe": (4,), "repetitions": 1, **QUICK}
+    found = compare(model, "ddim", condition={"class_label": torch.tensor([0, 1, 2, 0])}, guidance=2.0, **options)
+    assert found.rows[0]["nfe"] == 4 and found.settings["guidance"] == 2.0
+    for condition, error, message in (
+        ({"class_label": torch.tensor([0, 1, 3])}, ValueError, r"shape \(4\)"),
+        ({"kind": torch.tensor([0, 1, 2, 0])}, ValueError, "no condition 'kind'"),
+        (torch.tensor([0, 1, 2, 0]), TypeError, "a mapping"),
+    ):
+        with pytest.raises(error, match=message):
+            compare(model, "ddim", condition=condition, **options)
+    with pytest.raises(ValueError, match="each of the 4 samples, got 3"):
+        compare(MIXTURE.reverse(SDE), "ddim", shape=(2,), condition={"m": torch.zeros(3)}, **options)
+    with pytest.raises(ValueError, match="needs a condition"):
+        compare(model, "ddim", guidance=2.0, **options)
 
 
 def test_distances_between_samples():
