@@ -81,7 +81,8 @@ def no_field(config: ml_collections.ConfigDict, section: str, part: str, present
     if part[:1].isupper() and "name" in present:
         return f"{where} has no field {part!r}; a class of your own is named first: {where}.name=module:{part}."
     leaves = [path for path, _ in flatten(config)]
-    elsewhere = [path for path in leaves if path.rsplit(".", 1)[-1] == part]
+    # a field, or a section, whose field is the name of what is chosen there
+    elsewhere = [path for path in leaves if f".{path}".endswith((f".{part}", f".{part}.name"))]
     if not elsewhere:
         last = difflib.get_close_matches(part, {path.rsplit(".", 1)[-1] for path in leaves}, 1, 0.75)
         elsewhere = [path for path in leaves if last and path.rsplit(".", 1)[-1] == last[0]]

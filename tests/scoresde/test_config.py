@@ -92,6 +92,7 @@ ERRORS = [
     ("--config.training.batchsize=3", "Did you mean 'batch_size'"),
     ("--config.sde.vp.beta_mx=3", "Did you mean 'beta_max'"),
     ("--config.training.lr=3", "config.training has no field 'lr'"),
+    ("--config.training.weighting=likelihood", r"Did you mean config\.objective\.denoising\.weighting\.name"),
     ("--config.learning_rat=3", r"Did you mean config\.training\.learning_rate"),
     ("--config.training.steps=x", "invalid literal"),
     ("--config.training.steps=1.5", "invalid literal"),
