@@ -44,8 +44,8 @@ class DenoisingScoreMatching(Objective):
         stratified: spread the times of a global batch evenly (one random shift of a lattice; Kingma et al. 2021,
             arXiv:2107.00630, app. I.1). Each time alone is still drawn from its law.
         uncertainty: learn u(t), the log of the expected loss at a noise level, and train on :math:`e^{-u} \ell + u`, so
-            that every level counts the same (Karras et al. 2024, arXiv:2312.02696). It is a
-            part of its own, `Uncertainty`, and not needed afterwards.
+            that every level counts the same (Karras et al. 2024, arXiv:2312.02696). It is a part of its own,
+            `Uncertainty`, and not needed afterwards.
         input_perturbation: gamma: the state is noised with :math:`\epsilon + \gamma\xi` but the target stays epsilon,
             as a network meets its own errors in sampling (Ning et al. 2023, arXiv:2301.11706; they use 0.1). It biases
             the score: not for likelihoods.
