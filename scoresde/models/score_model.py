@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scoresde.codecs import CODECS, Affine, Codec
 from scoresde.data.conditions import null_condition
 from scoresde.data.spec import DataSpec
+from scoresde.models.description import described
 from sde_lib import (
     NOISE_LEVELS,
     PARAMETERIZATIONS,
@@ -93,6 +94,8 @@ class ScoreModel(nn.Module):
         self.parameterization = kind(sigma_data) if parameterization == "edm" else kind()
         self.sigma_data, self.input_scaling = float(sigma_data), input_scaling
         self._config = None if config is None else dict(config)
+        self._words: dict[str, Any] = {"parameterization": parameterization, "noise_level": noise_level}
+        self._words |= {"input_scaling": input_scaling, "sigma_data": sigma_data, "index_levels": index_levels}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ScoreModel:
@@ -132,14 +135,19 @@ class ScoreModel(nn.Module):
         """The dict that `from_config` rebuilds this model from (without weights).
 
         Raises:
-            ValueError: for a model that was put together in code.
+            ValueError: for a model that was put together in code, of objects that do not say how they are built: a
+                network of one's own says it by a method ``config()``, options of its constructor.
         """
-        if self._config is None:
+        known = described(self.network, self.law) if self._config is None else self._config
+        if known is None:
             raise ValueError(
                 "This model was built from objects, so its configuration is unknown: build it with "
-                "ScoreModel.from_config, or save its state_dict yourself."
+                "ScoreModel.from_config, give its network a method config() that returns the options of its "
+                "constructor, or save its state_dict yourself."
             )
-        config = {**self._config, "kind": full_name(type(self))}
+        if self._config is None:
+            known = {**known, **self._words}
+        config = {**known, "kind": full_name(type(self))}
         if self.data_spec is not None and self.codec is not None:
             config["data_spec"] = self.data_spec.to_dict()
             config["codec"] = {"name": self.codec.name, section_key(self.codec.name): self.codec.config()}

@@ -198,7 +198,7 @@ class _Loop:
         r = self.r
         values: dict[str, Any] = {}
         r.objective.train()
-        total = self.section.steps if self.section.max_seconds <= 0 else round((self.step + 1) / max(fraction, 1e-9))
+        total = self._total(fraction)
         number = self.step * sum(phase.options.updates for phase in r.phases)
         for phase in r.phases:
             rate = phase.set_rate(self.step + 1, fraction)
@@ -219,6 +219,11 @@ class _Loop:
                 values[f"gradient_norm{named}"] = norm
         self.journal.count += 1
         return values
+
+    def _total(self, fraction: float) -> int:
+        """Steps of the run; a guess where it ends by the clock."""
+        t, done = self.section, self.step + 1
+        return int(t.steps if t.max_seconds <= 0 else min(t.steps, max(done, round(done / max(fraction, 1e-9)))))
 
     def _part(self, part: int, phase: str, update: int, number: int, total: int) -> tuple[Batch, At]:
         """This process's samples of one accumulated part of batch `number`."""

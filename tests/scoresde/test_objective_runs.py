@@ -18,7 +18,7 @@ from scoresde.storage import CheckpointError, latest, load_model, read_checkpoin
 from scoresde.streams import Streams
 from scoresde.training import read_metrics, train
 from scoresde.training.batches import Order
-from sde_lib import VPSDE
+from sde_lib import VESDE, VPSDE
 
 SETTINGS = {
     "batch_size": 32,
@@ -409,15 +409,34 @@ def test_an_own_model_is_trained_in_place_saved_and_read_again(tmp_path):
     assert all(torch.equal(value, kept[name]) for name, value in again.state_dict().items())
 
 
+@pytest.mark.parametrize("law", [VPSDE(beta_max=15.0), VESDE(sigma_max=20.0).discretize(30)], ids=["sde", "chain"])
+def test_an_own_network_that_says_how_it_is_built_is_saved_with_its_class_and_built_again(tmp_path, law):
+    model = ScoreModel(Said(width=5), law, "noise", "log_sigma", points().spec, sigma_data=2.0)
+    train(settings(), tmp_path, progress=False, model=model, data=points())
+    back = load_model(tmp_path)
+    assert type(back.network) is Said and back.network.width == 5 and back.config() == model.config()
+    assert back.config()["network"] == {"name": f"{__name__}:Said", "Said": {"width": 5}}
+    x = torch.randn(4, 2, dtype=torch.float64)
+    t = torch.tensor([0, 3, 7, 29]) if law.index_levels else torch.full((4,), 0.3, dtype=torch.float64)
+    assert torch.equal(back(x, t).score, model(x, t).score)
+
+
 class Field(nn.Module):
     """A network of one's own."""
 
-    def __init__(self):
+    def __init__(self, width=2):
         super().__init__()
-        self.layers = network(3, 2)
+        self.width, self.layers = width, network(3, 2)
 
     def forward(self, x, noise_level, **condition):
         return self.layers(torch.cat([x, noise_level[:, None]], 1))
+
+
+class Said(Field):
+    """And it says how it is built."""
+
+    def config(self):
+        return {"width": self.width}
 
 
 def test_an_update_that_overflows_is_skipped_and_moves_no_average(tmp_path, monkeypatch):
