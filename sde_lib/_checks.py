@@ -150,7 +150,7 @@ def build(
     """Build the class that a config section names: ``{"name": "vp", "vp": {"beta_max": 10.0}}``.
 
     Options may be such sections themselves: a class says ``tables = {"times": TIMES}``, and its option `times` is
-    ``{"name": "uniform", "uniform": {…}}``, or an object (a name of "" is None).
+    ``{"name": "uniform", "uniform": {…}}``, or an object (a name of "" leaves it to the constructor).
 
     Args:
         table: name -> class (or factory).
@@ -175,5 +175,7 @@ def build(
             )
     for key, inner in getattr(cls, "tables", {}).items():
         if isinstance(options.get(key), Mapping):
-            options[key] = build(inner, options[key], f"{what}.{key}") if options[key].get("name") else None
+            section = options.pop(key)
+            if section.get("name"):
+                options[key] = build(inner, section, f"{what}.{key}")
     return make(**options)

@@ -23,6 +23,7 @@ from scoresde.config.fields import check_field
 from sde_lib import Table, lookup
 from sde_lib._checks import section_key
 
+_VALUES = (bool, int, float, str)
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple, "Sequence": tuple}
 
 
@@ -60,16 +61,26 @@ class Place:
             if option.name == "name" and tables:
                 raise TypeError(f"{cls.__qualname__} has `tables`, so that no option may be called `name`.")
             if option.name in tables:
-                found[option.name] = self.inner(cls, option.name).section()
+                found[option.name] = self._inner_section(cls, option)
             elif option.default is None or option.default is option.empty:
                 found[option.name] = config_dict.placeholder(kind_of(option.annotation))
             elif isinstance(option.default, list | tuple):
                 found[option.name] = tuple(option.default)
-            elif isinstance(option.default, bool | int | float | str):
+            elif isinstance(option.default, _VALUES):
                 real = type(option.default) is int and kind_of(option.annotation) is float
                 found[option.name] = float(option.default) if real else option.default
             # an object as default has no place in a file: such an option is for code only
         return found
+
+    def _inner_section(self, cls: Any, option: inspect.Parameter) -> ml_collections.ConfigDict:
+        """The section of an option; where an object is the default, with what that object says."""
+        place = self.inner(cls, option.name)
+        section = place.section()
+        if place.default and not isinstance(option.default, str):
+            options = section[place.default]
+            for key in [key for key in options.keys() if isinstance(getattr(option.default, key, None), _VALUES)]:
+                options[key] = getattr(option.default, key)
+        return section
 
     def parameters(self, cls: Any) -> Mapping[str, inspect.Parameter]:
         """What builds a class takes."""

@@ -273,13 +273,20 @@ class Other(Inner):
 INNER = Table(Inner, {"inner": Inner, "other": Other})
 
 
+class Odd(Inner):
+    """In no table."""
+
+
+SEVEN, ODD = Inner(7.0), Odd()
+
+
 class Outer:
     """An entry whose options are entries of a table themselves."""
 
-    tables = {"times": INNER, "second": INNER}  # noqa: RUF012
+    tables = {"times": INNER, "second": INNER, "third": INNER, "fourth": INNER}  # noqa: RUF012
 
-    def __init__(self, times: Inner | str = "inner", second: Inner | None = None, n: int = 3):
-        self.times, self.second, self.n = times, second, n
+    def __init__(self, times: Inner | str = "inner", second: Inner | None = None, third=SEVEN, fourth=ODD, n: int = 3):
+        self.times, self.second, self.third, self.fourth, self.n = times, second, third, fourth, n
 
 
 def test_build_recurses_into_the_tables_of_a_class():
@@ -320,8 +327,10 @@ def test_sections_in_sections(monkeypatch):
     )
     built = configs.build(place.table, changed.thing, "thing")
     assert type(built.times) is Other and built.times.value == 2.0 and built.second is None and built.n == 5
+    assert built.third.value == 7.0 and built.fourth is ODD  # objects as defaults: what they say, or themselves
     stored = configs.to_dict(changed)["thing"]
-    times = {"name": f"{__name__}:Other", "Other": {"value": 2.0}}
-    assert stored == {"name": "outer", "outer": {"times": times, "second": {"name": ""}, "n": 5}}
+    inner = {"times": {"name": f"{__name__}:Other", "Other": {"value": 2.0}}, "second": {"name": ""}}
+    inner |= {"third": {"name": "inner", "inner": {"value": 7.0}}, "fourth": {"name": ""}}
+    assert stored == {"name": "outer", "outer": {**inner, "n": 5}}
     with pytest.raises(ConfigError, match="Did you mean 'times'"):
         configs.override(config, ["--config.thing.outer.time.name=inner"])
