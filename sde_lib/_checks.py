@@ -91,11 +91,11 @@ class Table(dict[str, type[T]]):
     def own(self, name: str, what: str) -> type[T]:
         """The class "module:Class"."""
         module, _, key = name.partition(":")
-        if module not in sys.modules or not key.isidentifier():
+        if not key.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+            raise ValueError(f"The {what} {name!r} must be a name of the table, or module:Class.")
+        if module not in sys.modules:
             raise ValueError(
                 f"The {what} {name!r} is code of your own: import {module} first, or give --import {module}."
-                if key.isidentifier()
-                else f"The {what} {name!r} must be a name of the table, or module:Class."
             )
         found = getattr(sys.modules[module], key, None)
         if found is None:

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from sde_lib import Chain, build, lookup
+from sde_lib._checks import section_key
 from solvers import COORDINATES, CORRECTORS, GRIDS, SOLVERS, Grid, Solver
 from solvers.grids import GridLike
 from solvers.words import describe, describe_grid
@@ -85,6 +86,7 @@ def split_specs(text: str) -> list[str]:
 def parse_spec(text: str) -> Entry:
     """An entry from ``name``, ``name(option=value, …)`` or either with ``@grid`` or ``@grid(option=value)``.
 
+    A solver or grid of one's own, which has to be imported, is ``module:Class`` or ``module:Class(option=value)``.
     Values are Python literals (never evaluated as code); a bare word stands for itself, ``inf`` is the number, and
     ``corrector=langevin(snr=0.1)`` builds the option from its own table. "recommended" is what `recommend` says for
     each budget, with the recommended grid (on a chain: its levels) whatever the grid of the other solvers.
@@ -105,24 +107,29 @@ def parse_grid(text: str) -> Grid:
 
 
 def _object(text: str, table: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]]:
-    """What a call names in a table, and its options."""
+    """What a call names in a table, and its options; "module:Class(option=value)" is a class of one's own."""
+    named, bracket, _ = text.partition("(")
+    module = named.rpartition(":")[0]
+    call = text.removeprefix(f"{module}:") if module else text
     try:
-        node: ast.AST = ast.parse(text, mode="eval").body
+        node: ast.AST = ast.parse(call, mode="eval").body
     except SyntaxError:
         node = ast.Pass()
     if not isinstance(node, ast.Name | ast.Call):
-        if "(" not in text:
+        if not bracket:
             lookup(table, text, what)  # an error that lists the names
         raise ValueError(f"Cannot read the {what} {text!r}: write name or name(option=value, …).")
-    return _from_node(node, table, what)
+    return _from_node(node, table, what, f"{module}:" if module else "")
 
 
-def _from_node(node: ast.Name | ast.Call, table: Mapping[str, Any], what: str) -> tuple[Any, dict[str, Any]]:
+def _from_node(
+    node: ast.Name | ast.Call, table: Mapping[str, Any], what: str, module: str = ""
+) -> tuple[Any, dict[str, Any]]:
     if isinstance(node, ast.Name):
-        return build(table, {"name": node.id}, what), {}
+        return build(table, {"name": module + node.id}, what), {}
     if not isinstance(node.func, ast.Name):
         raise ValueError(f"Cannot read the {what} {ast.unparse(node)!r}: write name or name(option=value, …).")
-    name, options = node.func.id, {}
+    name, options = module + node.func.id, {}
     lookup(table, name, what)
     if node.args:
         first = ast.unparse(node.args[0])
@@ -132,7 +139,7 @@ def _from_node(node: ast.Name | ast.Call, table: Mapping[str, Any], what: str) -
             raise ValueError(f"Options of {what} {name!r} are written out: name(option=value, …).")
         options[keyword.arg] = _value(keyword.arg, keyword.value)
     try:
-        return build(table, {"name": name, name: options}, what), options
+        return build(table, {"name": name, section_key(name): options}, what), options
     except TypeError as error:  # a value of the wrong type, found by the constructor
         raise ValueError(f"{what} {name!r}: {error}") from error
 

@@ -21,7 +21,7 @@ from ml_collections import config_dict
 from scoresde.config.errors import ConfigError
 from scoresde.config.fields import check_field
 from sde_lib import Table, lookup
-from sde_lib._checks import section_key
+from sde_lib._checks import full_name, section_key
 
 _VALUES = (bool, int, float, str)
 _TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple": tuple, "Sequence": tuple}
@@ -189,7 +189,7 @@ def use(config: ml_collections.ConfigDict, path: str, entry: str | type, **optio
     Args:
         config: a configuration.
         path: its section, e.g. "network", "sampling.solver".
-        entry: a name of the section's table, or a class of one's own (its name in files is "module:Class").
+        entry: a name of the section's table, or a class: of the table, or of one's own ("module:Class" in files).
         **options: of the entry; the others keep their values.
 
     Raises:
@@ -201,7 +201,7 @@ def use(config: ml_collections.ConfigDict, path: str, entry: str | type, **optio
         if not isinstance(config, ml_collections.ConfigDict):
             wrong = f"`config` must be a configuration, config.load(name), got {type(config).__name__}"
         raise TypeError(f"{wrong}.")
-    name = entry if isinstance(entry, str) else f"{entry.__module__}:{entry.__qualname__}"
+    name = entry if isinstance(entry, str) else full_name(entry)
     name_entries(config, [(f"{path}.name", name)])
     _place(config, path).lookup(name)
     for option, value in options.items():

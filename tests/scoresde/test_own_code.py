@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from torch import nn
 from scoresde import config as configs
 from scoresde import load_model
 from scoresde.cli import main
+from scoresde.comparison.specs import Entry, parse_spec
 from scoresde.config import ConfigError
 from sde_lib import SDES, Table, build, lookup
+from solvers import DDIM, Ancestral, Karras
 
 MODULE = '''
 import torch
@@ -225,10 +228,38 @@ def test_own_classes_in_a_configuration_file_and_by_use(module, tmp_path):
     assert configs.differences(config, configs.defaults()) == differ
     configs.use(config, "sampling.solver", "ddim", eta=0.5)
     assert configs.make_solver(config).eta == 0.5
+    configs.use(config, "sampling.solver", Ancestral)
+    assert config.sampling.solver.name == "ancestral"
     with pytest.raises(ConfigError, match="Did you mean 'eta'"):
         configs.use(config, "sampling.solver", "ddim", et=0.5)
     with pytest.raises(ConfigError, match="no field 'netwrk'"):
         configs.use(config, "netwrk", "mlp")
+
+
+@dataclass(frozen=True)
+class Calm(DDIM):
+    """A solver of one's own."""
+
+    calm: float = 1.0
+
+
+def test_own_solvers_are_sampled_with_and_compared_by_name():
+    name = f"{__name__}:Calm"
+    fields = [f"--config.sampling.solver.{field}" for field in (f"name={name}", "Calm.calm=3", "Calm.eta=0.5")]
+    assert configs.make_solver(configs.override(configs.defaults(), fields)) == Calm(eta=0.5, calm=3.0)
+    assert parse_spec(f"{name}(calm=2.0)@karras(rho=5)") == Entry(
+        f"{name}(calm=2.0)@karras(rho=5)", Calm(calm=2.0), Karras(rho=5), False
+    )
+    assert parse_spec(name).solver == Calm()
+    for text, message in (
+        (f"{__name__}:Calmer", "Did you mean 'Calm'"),
+        ("nowhere:Calm(calm=1)", "import nowhere first"),
+        (f"{name}(clam=1)", "Did you mean 'calm'"),
+        (f"{name}(", "Cannot read the solver"),
+        ("a b:c", "must be a name of the table, or module:Class"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_spec(text)
 
 
 class Small(nn.Module):
