@@ -8,6 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from test_networks import WITHOUT_CONDITIONS, everything, inputs, network
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scoresde.data.conditions import ConditionSpec, classes, mapped
 from scoresde.networks import MLP, NETWORKS, ConditionEmbedding, UNet
@@ -237,3 +238,19 @@ def test_the_vector_is_its_formula():
         torch.testing.assert_close(out[1], silu(h + alone)[1])
         torch.testing.assert_close(out[0], silu(h + net.pool(tokens))[0])
         assert inlet is None and tokens.mask.tolist() == [[True, True, True, False], [True, False, False, False]]
+
+
+@pytest.mark.parametrize("name", ["dit", "mlp", "unet"])
+def test_products_forward_and_backward_agree_under_conditions(name):
+    """u^T J v one way and the other, and a derivative of it: what likelihoods take of a network."""
+    net = network(name).double()
+    x, level, given = inputs(net, 4, torch.float64)
+    g = torch.Generator().manual_seed(4)
+    u, v = (torch.randn(x.shape, generator=g, dtype=torch.float64) for _ in range(2))
+    with sdpa_kernel(SDPBackend.MATH):
+        out = net(x.requires_grad_(), level, **given)
+        (back,) = torch.autograd.grad((out * u).sum(), x, create_graph=True)
+        forward = torch.func.jvp(lambda y: net(y, level, **given), (x.detach(),), (v,))[1]
+        torch.testing.assert_close((back * v).sum(), (forward * u).sum(), rtol=1e-10, atol=1e-12)
+        (second,) = torch.autograd.grad((back * v).sum(), net.condition.first.weight)
+    assert float(second.abs().max()) > 0.0
