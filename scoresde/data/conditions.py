@@ -6,14 +6,17 @@ data through the network, guidance, sampling and likelihood. Tensors have the ba
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 KINDS = ("class", "vector", "image", "tokens")
+TAKEN = ("self", "x", "noise_level", "target_noise_level", "augment_label")
+"""Arguments of networks that are no conditions."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,40 @@ class ConditionSpec:
                 )
         elif not bool(torch.isfinite(value).all()):
             raise ValueError(f"Condition `{name}` contains NaN or infinite values.")
+
+
+Conditions = Mapping[str, ConditionSpec | Mapping[str, Any]]
+"""Name -> what the condition is, or the arguments of `ConditionSpec`."""
+
+
+def as_specs(conditions: Conditions | None) -> dict[str, ConditionSpec]:
+    """Name -> specification, of specifications or of their arguments in a mapping (from JSON); nothing of None.
+
+    Raises:
+        TypeError: for something else than such a mapping.
+        ValueError: for a name that is none in Python or means something else to a network, or unknown arguments.
+    """
+    if conditions is None:
+        return {}
+    if not isinstance(conditions, Mapping):
+        raise TypeError(f"`conditions` must map names to ConditionSpecs, e.g. classes(10), got {conditions!r}.")
+    specs = {}
+    for name, spec in conditions.items():
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name in TAKEN:
+            raise ValueError(
+                f"A condition needs a name that can be an argument, and none of {', '.join(TAKEN)}; got {name!r}."
+            )
+        if isinstance(spec, Mapping):
+            known = [f.name for f in fields(ConditionSpec)]
+            wrong = next((key for key in spec if key not in known), None)
+            if wrong is not None or "kind" not in spec:
+                what = f"no entry {wrong!r}" if wrong is not None else "to have a `kind`"
+                raise ValueError(f"Condition `{name}` has {what}; its entries: {', '.join(known)}.")
+            spec = ConditionSpec(**spec)
+        elif not isinstance(spec, ConditionSpec):
+            raise TypeError(f"Condition `{name}` must be a ConditionSpec or its arguments, got {spec!r}.")
+        specs[name] = spec
+    return specs
 
 
 def classes(n: int, dropout: float = 0.1) -> dict[str, ConditionSpec]:

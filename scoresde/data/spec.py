@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from scoresde.data.conditions import ConditionSpec
+from scoresde.data.conditions import ConditionSpec, as_specs
 from sde_lib._checks import did_you_mean
 
 LAYOUTS = {1: "D", 2: "CT", 3: "CHW", 4: "CDHW"}
@@ -28,14 +28,14 @@ class DataSpec:
     Args:
         shape: D, of one sample.
         levels: number of integer levels (256 for 8-bit images), or None for real numbers.
-        conditions: what each sample comes with, by name. `scoresde.data.conditions.classes(n)` is a class of n.
+        conditions: what each sample comes with, by name: a `ConditionSpec` or its arguments; `classes(n)`: a class.
         layout: a letter for every dimension: C for channels, anything else for space or time; "CHW" for images,
             "CT" for two dimensions and "D" for one unless it is given.
         range: low and high end of real numbers in pictures; None: those of what is shown.
 
     Raises:
         ValueError: for a shape, number of levels, layout or range that makes no sense.
-        TypeError: for conditions that are not specified by a `ConditionSpec`.
+        TypeError: for conditions that are not specified by a `ConditionSpec` or its arguments.
     """
 
     shape: tuple[int, ...]
@@ -51,15 +51,7 @@ class DataSpec:
         object.__setattr__(self, "shape", shape)
         if self.levels is not None and (not isinstance(self.levels, int) or self.levels < 2):
             raise ValueError(f"`levels` must be an int >= 2, or None for continuous data, got {self.levels!r}.")
-        if not isinstance(self.conditions, Mapping):
-            raise TypeError(f"`conditions` must be a mapping of names, got {type(self.conditions).__name__}.")
-        for name, spec in self.conditions.items():
-            if not isinstance(spec, ConditionSpec) or not str(name).isidentifier():
-                raise TypeError(
-                    f"`conditions` maps names to ConditionSpecs, e.g. classes(10), got {name!r}: "
-                    f"{type(spec).__name__}."
-                )
-        object.__setattr__(self, "conditions", dict(self.conditions))
+        object.__setattr__(self, "conditions", as_specs(self.conditions))
         layout = self.layout or LAYOUTS.get(len(shape), "?" * len(shape))
         if not isinstance(layout, str) or len(layout) != len(shape) or layout.count("C") > 1:
             raise ValueError(f"`layout` must name the {len(shape)} dimensions by a letter each, got {self.layout!r}.")
@@ -167,5 +159,4 @@ class DataSpec:
         unknown = [name for name in values if name not in known]
         if unknown:
             raise ValueError(f"A data specification has no entry {unknown[0]!r}; its entries: {', '.join(known)}.")
-        conditions = {n: ConditionSpec(**s) for n, s in values.get("conditions", {}).items()}
-        return cls(**{**values, "conditions": conditions})
+        return cls(**values)

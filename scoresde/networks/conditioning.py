@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,43 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.data.conditions import ConditionSpec
+from scoresde.data.conditions import Conditions, ConditionSpec, as_specs
 from scoresde.networks.attention import Pool, Tokens
 from scoresde.networks.embeddings import FourierEmbedding, SinusoidalEmbedding, zeroed
 
 EMBEDDINGS = ("sinusoidal", "fourier")
 CLASS_ENTRIES = ("condition", "features")
-TAKEN = ("self", "x", "noise_level", "target_noise_level", "augment_label")
-"""Arguments of networks that are no conditions."""
-
-Conditions = Mapping[str, ConditionSpec | Mapping[str, Any]]
-"""Name -> what the condition is, or the arguments of `ConditionSpec`."""
-
-
-def as_specs(conditions: Conditions | None) -> dict[str, ConditionSpec]:
-    """Name -> specification, of specifications or of their arguments in a mapping (from JSON).
-
-    Raises:
-        TypeError: for something else than such a mapping.
-        ValueError: for a name that is none in Python, or means something else to a network.
-    """
-    if conditions is None:
-        return {}
-    if not isinstance(conditions, Mapping):
-        raise TypeError(
-            '`conditions` must map names to ConditionSpec, e.g. {"class_label": ConditionSpec("class", classes=10)}, '
-            f"got {conditions!r}."
-        )
-    specs = {}
-    for name, spec in conditions.items():
-        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name in TAKEN:
-            raise ValueError(
-                f"A condition needs a name that can be an argument, and none of {', '.join(TAKEN)}; got {name!r}."
-            )
-        if not isinstance(spec, ConditionSpec | Mapping):
-            raise TypeError(f"Condition `{name}` must be a ConditionSpec or its arguments, got {spec!r}.")
-        specs[name] = spec if isinstance(spec, ConditionSpec) else ConditionSpec(**spec)
-    return specs
 
 
 class Embedded(NamedTuple):

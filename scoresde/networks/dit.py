@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.data.conditions import ConditionSpec
+from scoresde.data.conditions import Conditions, ConditionSpec
 from scoresde.networks.attention import CrossAttention, Tokens
-from scoresde.networks.conditioning import ConditionEmbedding, Conditions, check_images
+from scoresde.networks.conditioning import ConditionEmbedding, check_images
 from scoresde.networks.embeddings import check_count, check_dropout, zeroed
 
 FEATURES = 256

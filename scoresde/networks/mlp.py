@@ -7,8 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.data.conditions import ConditionSpec
-from scoresde.networks.conditioning import ConditionEmbedding, Conditions
+from scoresde.data.conditions import Conditions, ConditionSpec
+from scoresde.networks.conditioning import ConditionEmbedding
 from scoresde.networks.embeddings import check_count, check_dropout, zeroed
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scoresde.networks.conditioning import Conditions
+from scoresde.data.conditions import Conditions
 from scoresde.networks.embeddings import check_count, zeroed
 from scoresde.networks.refinenet import (
     ACTIVATIONS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scoresde.networks.conditioning import Conditions
+from scoresde.data.conditions import Conditions
 from scoresde.networks.unet import UNet
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scoresde.data.conditions import ConditionSpec
+from scoresde.data.conditions import Conditions, ConditionSpec
 from scoresde.networks.blocks import Outlet, Stage, conv, initialise_by_fans, joined
-from scoresde.networks.conditioning import ConditionEmbedding, Conditions, Embedded, check_images
+from scoresde.networks.conditioning import ConditionEmbedding, Embedded, check_images
 from scoresde.networks.embeddings import check_count, check_dropout
 from scoresde.networks.levels import Down, Plan
 from scoresde.networks.resampling import DownConv, Resample, UpConv

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from scoresde.codecs import Affine, Codec
+from scoresde.data.conditions import as_specs
 from scoresde.data.spec import DataSpec
 from scoresde.models.score_model import ScoreModel
 from scoresde.networks import NETWORKS
-from scoresde.networks.conditioning import as_specs
 from scoresde.pretrained import diffusers, dit, edm, guided_diffusion, schedules, score_sde
 from scoresde.pretrained.experiments import EXPERIMENTS
 from scoresde.pretrained.mapping import MismatchError, scaled_output

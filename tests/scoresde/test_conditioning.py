@@ -11,6 +11,7 @@ from test_networks import WITHOUT_CONDITIONS, everything, inputs, network
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scoresde.data.conditions import ConditionSpec, classes, mapped
+from scoresde.data.spec import DataSpec
 from scoresde.networks import MLP, NETWORKS, ConditionEmbedding, UNet
 from scoresde.networks.attention import CrossAttention, Tokens
 
@@ -167,6 +168,8 @@ def test_what_does_not_fit_is_refused(name):
         (3, TypeError, "must map names"),
         ({"class_label": 3}, TypeError, "`class_label` must be a ConditionSpec"),
         ({"class_label": {"kind": "class"}}, ValueError, "number of classes"),
+        ({"class_label": {"kind": "class", "number": 3}}, ValueError, "no entry 'number'; its entries: kind, shape"),
+        ({"class_label": {"classes": 3}}, ValueError, "has to have a `kind`"),
         ({"x": {"kind": "class", "classes": 2}}, ValueError, "got 'x'"),
         ({"noise_level": {"kind": "class", "classes": 2}}, ValueError, "got 'noise_level'"),
         ({"a.b": {"kind": "class", "classes": 2}}, ValueError, "got 'a.b'"),
@@ -174,8 +177,10 @@ def test_what_does_not_fit_is_refused(name):
     ],
 )
 def test_conditions_that_are_none_are_refused(conditions, error, message):
-    with pytest.raises(error, match=message):
-        MLP((2,), conditions)
+    """By networks and by specifications of data, which would have to do with them."""
+    for kind in (MLP, lambda shape, conditions: DataSpec(shape, conditions=conditions)):
+        with pytest.raises(error, match=message):
+            kind((2,), conditions)
 
 
 def test_images_of_other_sides_are_refused_where_they_join_the_channels():

@@ -137,7 +137,6 @@ MODEL = ScoreModel(MLP((2,), width=8, depth=1), VPSDE(), data_spec=DataSpec((2,)
         (lambda: ScoreModel.from_config({"network": {}, "sde": {}, "leves": 3}), ValueError, "'leves'"),
         (lambda: DataSpec(3), ValueError, "`shape`"),
         (lambda: DataSpec((2,), levels=2.5), ValueError, "`levels`"),
-        (lambda: DataSpec((2,), conditions={"a b": 3}), TypeError, "`conditions`"),
         (lambda: DataSpec((2,)).check(torch.zeros(0, 2)), ValueError, "empty"),
     ],
 )
