@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -98,11 +99,13 @@ class PCA(Codec):
 
     def encode(self, z: Tensor, draw: Any = None) -> Tensor:
         mean, axes, widths = (t.to(z.dtype) for t in (self.mean, self.axes, self.widths))
-        return (z.flatten(1) - mean) @ axes / widths
+        with _exact(z):
+            return (z.flatten(1) - mean) @ axes / widths
 
     def decode(self, x: Tensor) -> Tensor:
         mean, axes, widths = (t.to(x.dtype) for t in (self.mean, self.axes, self.widths))
-        return ((x * widths) @ axes.T + mean).unflatten(1, self.data_shape)
+        with _exact(x):
+            return ((x * widths) @ axes.T + mean).unflatten(1, self.data_shape)
 
     def config(self) -> dict[str, Any]:
         return {"data_shape": list(self.data_shape), "log_volume": self._log_volume, "whitened": self.whitened}
@@ -115,6 +118,12 @@ class PCA(Codec):
             if buffer.dtype != torch.float64:
                 setattr(self, name, wide[name].to(buffer.device))
         return self
+
+
+def _exact(like: Tensor) -> AbstractContextManager[Any]:
+    """Products in the dtype of a tensor: in mixed precision they would round data to the three digits of bfloat16."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _moments(spec: DataSpec, data: Tensor) -> tuple[Tensor, Tensor]:

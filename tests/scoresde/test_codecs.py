@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import META, waits
 from torch import Tensor
 
 from scoresde.codecs import CODECS, PCA, Affine, Codec, Haar
@@ -132,12 +133,30 @@ def test_configuration_and_tensors_rebuild_it_without_data(name, options, layout
 
 @layouts
 @cases
-def test_a_row_does_not_see_the_others_nor_the_dtype_of_a_model(name, options, layout):
+def test_a_row_sees_neither_the_others_nor_the_precision_of_the_network(name, options, layout):
     codec, _, z = fitted(name, options, layout)
     x = codec.encode(z)
     torch.testing.assert_close(codec.encode(z[3:4]), x[3:4], rtol=1e-12, atol=1e-12)
     halved = copy.deepcopy(codec).to(torch.bfloat16)
     assert torch.equal(halved.encode(z), x)  # its numbers stay as wide as they were
+    single = z.float()
+    expected = codec.encode(single)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codec.encode(single), expected)
+        back = codec.decode(expected)
+    assert torch.equal(back, codec.decode(expected))
+
+
+@pytest.mark.parametrize("layout", ["vector", "series"])
+@cases
+def test_no_codec_waits_for_the_device(name, options, layout):
+    """Numbers that are no tensors of the module are copied at its first use there, and read ever after."""
+    codec, spec, _ = fitted(name, options, layout)
+    codec, z = codec.to(META), torch.empty(3, *spec.shape, device=META)
+    codec.decode(codec.encode(z))
+    with waits() as seen:
+        back = codec.decode(codec.encode(z))
+    assert back.device == META and not seen
 
 
 @pytest.mark.parametrize("name", OPTIONS)
