@@ -23,6 +23,7 @@ from torch import nn
 
 from scoresde.codecs import Codec
 from scoresde.data import ConditionSpec, Dataset, DataSpec, Source, Split, classes
+from scoresde.models import ScoreModel
 from scoresde.objectives import TIMES, Objective
 from scoresde.objectives.clocks import Times
 
@@ -36,6 +37,10 @@ class OwnNet(nn.Module):
     def forward(self, x, noise_level, *, class_label=None):
         level = noise_level.reshape(-1, 1)
         return self.scale * self.layers(torch.cat([x, level.expand(len(x), 1)], 1))
+
+
+class Careful(ScoreModel):
+    """A kind of model."""
 
 
 class Halves(Codec):
@@ -154,15 +159,15 @@ def test_an_own_network_trains_is_saved_and_read_again_and_needs_its_import(modu
     assert main([*again, "--import", module]) == 0 and np.load("a.npy").shape == (3, 2)
 
 
-def test_own_data_and_an_own_codec_train_and_are_read_again(module, tmp_path, capsys):
-    names = {"data": "Line", "codec": "Halves"}
+def test_own_data_an_own_codec_and_an_own_kind_of_model_train_and_are_read_again(module, tmp_path, capsys):
+    names, kind = {"data": "Line", "codec": "Halves"}, f"--config.model.kind={module}:Careful"
     call = ["train", "--config=toy_ring", "--workdir=run", *TINY, "--import", module]
     call += [f"--config.{section}.name={module}:{name}" for section, name in names.items()]
-    assert main([*call, "--config.data.Line.slope=3", "--config.codec.Halves.factor=4"]) == 0
+    assert main([*call, "--config.data.Line.slope=3", "--config.codec.Halves.factor=4", kind]) == 0
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["data"] == {"name": f"{module}:Line", "Line": {"n": 30, "slope": 3.0}, "shape": None}
     model = load_model(tmp_path / "run")
-    assert model.codec.factor == 4.0 and model.data_spec.num_classes == 2
+    assert type(model).__name__ == "Careful" and model.codec.factor == 4.0 and model.data_spec.num_classes == 2
     assert model.encode(torch.full((1, 2), 2.0)).tolist() == [[0.5, 0.5]]
     call = ["sample", "--workdir=run", "--out=a.npz", "--config.sampling.n=3", "--config.sampling.steps=2"]
     assert main([*call, "--class=1", f"--import={module}"]) == 0
