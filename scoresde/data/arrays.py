@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresde.data.conditions import classes
+from scoresde.data.columns import Column, columns
 from scoresde.data.dataset import Dataset, Source, Split, check_held_out, split
 from scoresde.data.spec import DataSpec
 
@@ -35,7 +35,14 @@ class Arrays(Source):
     Args:
         path: a .npy file, or a .npz file with the array under `key`.
         key: name of the array (N, *D) inside a .npz file; may be anything if the file holds one array.
-        labels_key: name of the classes, integers (N,) from 0, inside a .npz file; empty for none.
+        labels_key: name of the classes, integers (N,) from 0, inside a .npz file, for the condition `class_label`;
+            empty for none.
+        conditions: what else the samples come with, as name:kind and commas, e.g. "pose:vector, text:tokens,
+            style:class:12", each under its name in the .npz file, the samples first. Kinds and shapes are those of
+            `ConditionSpec`. Tokens are real numbers (N, L, d), or words, integers (N, L); which of them there are is a
+            mask, bool (N, L), under ``text.mask``, all without. Classes and words are as many as the file has unless a
+            third part says their number. Numbers are taken as they are: bring vectors, images and tokens to mean 0 and
+            standard deviation 1, for zeros stand for none. Images are stored as `layout` says of the data.
         levels: number of quantization levels of integer data (256 for 8-bit images); None for real numbers.
         layout: "as_is", or how images are stored: "NHWC" (channels last) or "NHW" (no channel axis). Networks for
             images want (C, H, W).
@@ -44,13 +51,14 @@ class Arrays(Source):
 
     Raises:
         ValueError: for options out of range; at `load`, for files that are not numeric arrays, NaN or infinite
-            values, integers outside the levels, or classes that do not match. Pickled objects are never read.
+            values, integers outside the levels, or conditions that do not match. Pickled objects are never read.
         FileNotFoundError: at `load`, if there is no such file.
     """
 
     path: str = ""
     key: str = "data"
     labels_key: str = ""
+    conditions: str = ""
     levels: int | None = None
     layout: str = "as_is"
     held_out: float = 0.1
@@ -62,15 +70,21 @@ class Arrays(Source):
             raise ValueError(f"`levels` must be >= 2, or None for real-valued data, got {self.levels}.")
         if self.layout not in LAYOUTS:
             raise ValueError(f"`layout` must be one of {', '.join(LAYOUTS)}, got {self.layout!r}.")
+        columns(self.conditions, self.labels_key)
 
     def load(self) -> Dataset:
         """Read, check and split; uint8 or int32 data if `levels` is given, float32 otherwise."""
-        array, kinds = self._read()
+        array, arrays = self._read()
         data = self._checked(array)
-        labels = None if kinds is None else self._checked_labels(kinds, data.shape[0])
-        condition = {} if labels is None else {"class_label": labels}
+        condition, conditions = {}, {}
+        for column, found in arrays.items():
+            if column.kind == "image":
+                found = [self._channels_first(found[0], f"condition {column.name!r}")]
+            try:
+                condition[column.name], conditions[column.name] = column.value(found, len(data))
+            except ValueError as error:
+                raise ValueError(f"Cannot read {self.path}: {error}.") from error
         train, held_out = split(Split(data, condition), self.held_out, self.seed)
-        conditions = classes(0 if labels is None else int(labels.max()) + 1)
         shown = None
         if self.levels is None:
             if bool((train.data == train.data.flatten()[0]).all()):
@@ -79,7 +93,8 @@ class Arrays(Source):
         spec = DataSpec(tuple(data.shape[1:]), self.levels, conditions, range=shown)
         return Dataset(Path(self.path).stem, train, held_out, spec)
 
-    def _read(self) -> tuple[np.ndarray, np.ndarray | None]:
+    def _read(self) -> tuple[np.ndarray, dict[Column, list[np.ndarray]]]:
+        """The data, and the arrays of each condition; nothing else in the file is read."""
         if not self.path:
             raise ValueError("`path` is empty: name a .npy or .npz file, e.g. --config.data.arrays.path=images.npz.")
         path = Path(self.path)
@@ -90,30 +105,34 @@ class Arrays(Source):
         try:
             with path.open("rb") as file:  # np.load leaves a damaged file open
                 loaded = np.load(file, allow_pickle=False)  # pickled objects could run code
+                wanted = columns(self.conditions, self.labels_key)
                 if isinstance(loaded, np.ndarray):
-                    if self.labels_key:
-                        raise ValueError("a .npy file holds one array: classes need a .npz file")
-                    return loaded, None
+                    if wanted:
+                        raise ValueError("a .npy file holds one array: conditions need a .npz file")
+                    return loaded, {}
                 names = loaded.files
                 key = self.key if self.key in names or len(names) != 1 else names[0]
-                for name in (key, *([self.labels_key] if self.labels_key else [])):
-                    if name not in names:
-                        raise ValueError(f"no array {name!r} in the file; it holds {', '.join(names) or 'nothing'}")
-                return loaded[key], loaded[self.labels_key] if self.labels_key else None
+                if key not in names:
+                    raise ValueError(f"no array {key!r} in the file; it holds {', '.join(names) or 'nothing'}")
+                return loaded[key], {column: [loaded[k] for k in column.keys(names)] for column in wanted}
         except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"Cannot read {self.path}: {error}.") from error
+
+    def _channels_first(self, array: np.ndarray, what: str) -> np.ndarray:
+        """Images that are stored as `layout` says, as (N, C, H, W)."""
+        if self.layout != "as_is" and array.ndim != len(self.layout):
+            needs = f"Layout {self.layout} needs {len(self.layout)} dimensions"
+            raise ValueError(f"{needs}, {what} of {self.path} has shape {array.shape}.")
+        if self.layout == "NHWC":
+            return np.moveaxis(array, -1, 1)
+        return array[:, None] if self.layout == "NHW" else array
 
     def _checked(self, array: np.ndarray) -> Tensor:
         if array.dtype.kind not in "biuf":
             raise ValueError(f"The array of {self.path} must hold real numbers or integers, got dtype {array.dtype}.")
         if array.ndim < 2 or 0 in array.shape:
             raise ValueError(f"The array of {self.path} must have shape (N, *D), got {array.shape}.")
-        if self.layout != "as_is" and array.ndim != len(self.layout):
-            raise ValueError(f"Layout {self.layout} needs {len(self.layout)} dimensions, got shape {array.shape}.")
-        if self.layout == "NHWC":
-            array = np.moveaxis(array, -1, 1)
-        elif self.layout == "NHW":
-            array = array[:, None]
+        array = self._channels_first(array, "the array")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             bad = int((~np.isfinite(array)).reshape(array.shape[0], -1).any(1).sum())
             raise ValueError(f"{bad} of {array.shape[0]} samples of {self.path} hold NaN or infinite values.")
@@ -131,12 +150,3 @@ class Arrays(Source):
             )
         kind = np.uint8 if self.levels <= 256 else np.int32
         return torch.from_numpy(np.ascontiguousarray(array, dtype=kind))
-
-    def _checked_labels(self, classes: np.ndarray, n: int) -> Tensor:
-        if classes.dtype.kind not in "iu" or classes.shape != (n,):
-            raise ValueError(
-                f"Classes must be integers of shape ({n},), got {classes.dtype} of shape {classes.shape}."
-            )
-        if classes.min() < 0:
-            raise ValueError(f"Classes must be >= 0, got {classes.min()}.")
-        return torch.from_numpy(classes.astype(np.int64))

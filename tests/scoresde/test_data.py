@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from scoresde.cli import main
 from scoresde.codecs import Affine
-from scoresde.data import DATASETS, Arrays, Checkerboard, Digits, Ring, Toy
+from scoresde.data import DATASETS, Arrays, Checkerboard, ConditionSpec, DataSpec, Digits, Ring, Toy
 
 TOYS = sorted(name for name, cls in DATASETS.items() if issubclass(cls, Toy))
 
@@ -167,6 +168,7 @@ def test_bad_arrays_are_clear_errors(tmp_path):
         ({"path": written(None, "k.npz", a=good, b=good)}, "holds a, b"),
         ({"path": written(None, "y.npz", data=good, y=good[:, 0]), "labels_key": "y"}, "integers of shape"),
         ({"path": written(None, "n.npz", data=good, y=np.full(10, -1)), "labels_key": "y"}, ">= 0"),
+        ({"path": written(good, "k.npy"), "conditions": "y:vector"}, "one array"),
         ({"path": written(good[:2], "two.npy"), "held_out": 0.01}, "leaves"),
     ]
     for options, message in cases:
@@ -174,6 +176,122 @@ def test_bad_arrays_are_clear_errors(tmp_path):
             Arrays(**options).load()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Arrays(path=str(tmp_path / "nowhere.npy")).load()
+
+
+# --- conditions of arrays ---------------------------------------------------------------------------------------------
+def several(n=30):
+    """Arrays with a condition of every kind, that all tell the number of their row."""
+    row = np.arange(n)
+    mask = (row[:, None] + np.arange(3)) % 3 > 0
+    return {
+        "data": np.stack([row, row % 7], 1) / 10.0,
+        "labels": row % 3,
+        "style": row % 4,
+        "pose": np.stack([row, -row, 0.5 * row], 1),
+        "low": row[:, None, None, None] + np.zeros((n, 2, 4, 1)),
+        "text.tokens": np.where(mask[..., None], row[:, None, None] + np.arange(2.0), np.nan),
+        "text.mask": mask,
+        "words": np.where(mask, row[:, None] % 5, -1),
+        "words.mask": mask,
+    }
+
+
+WORDS = "style:class:6, pose:vector, low:image, text:tokens,words:tokens:9"
+
+
+def test_conditions_of_every_kind_stay_with_their_rows(tmp_path):
+    arrays = several()
+    np.savez(tmp_path / "x.npz", other=np.array([_Bomb()], dtype=object), **arrays)  # what is not named is not read
+    d = Arrays(path=str(tmp_path / "x.npz"), labels_key="labels", conditions=WORDS, held_out=0.3).load()
+    specs = {
+        "class_label": ConditionSpec("class", classes=3),
+        "style": ConditionSpec("class", classes=6),
+        "pose": ConditionSpec("vector", (3,)),
+        "low": ConditionSpec("image", (2, 4, 1)),
+        "text": ConditionSpec("tokens", (3, 2)),
+        "words": ConditionSpec("tokens", (3,), classes=9),
+    }
+    assert d.spec.conditions == specs and DataSpec.from_dict(d.spec.to_dict()) == d.spec
+    for part in (d.train, d.held_out):
+        d.spec.check_condition(part.condition, len(part))
+        row, given = (10 * part.data[:, 0]).round().long(), part.condition
+        assert torch.equal(given["class_label"], row % 3) and torch.equal(given["style"], row % 4)
+        assert torch.equal(given["pose"][:, 1], -row.float()) and torch.equal(given["low"][:, 1, 3, 0], row.float())
+        mask = torch.from_numpy(arrays["text.mask"])[row]
+        for name, value in (("text", row[:, None].float() + 1.0), ("words", row[:, None] % 5)):
+            tokens = given[name]["tokens"] if name == "words" else given[name]["tokens"][..., 1]
+            assert torch.equal(given[name]["mask"], mask)
+            assert torch.equal(tokens, torch.where(mask, value, torch.zeros_like(value)))  # nothing behind the mask
+
+
+def test_images_among_the_conditions_are_stored_as_the_data(tmp_path):
+    low = np.random.default_rng(0).normal(size=(8, 4, 6, 3))
+    np.savez(tmp_path / "x.npz", data=low, low=low)
+    d = Arrays(path=str(tmp_path / "x.npz"), conditions="low:image", layout="NHWC").load()
+    assert d.spec.conditions["low"].shape == (3, 4, 6) and torch.equal(d.train.condition["low"], d.train.data)
+    # tokens without a mask are all there
+    np.savez(tmp_path / "y.npz", data=low, text=low[:, :, 0])
+    d = Arrays(path=str(tmp_path / "y.npz"), conditions="text:tokens").load()
+    assert d.spec.conditions["text"].shape == (4, 3) and bool(d.train.condition["text"]["mask"].all())
+
+
+def test_from_a_file_to_guided_samples_and_back(tmp_path, capsys):
+    """Trained on a file with conditions of every kind, sampled under some, and the samples are such a file again."""
+    arrays = several() | {"low": np.zeros((30, 1, 2, 2)) + np.arange(30.0)[:, None, None, None]}
+    np.savez(tmp_path / "x.npz", **arrays)
+    run = f"--workdir={tmp_path / 'run'}"
+    overrides = {
+        "data.name": "arrays", "data.arrays.path": tmp_path / "x.npz", "data.arrays.labels_key": "labels",
+        "data.arrays.conditions": WORDS, "network.name": "mlp", "network.mlp.width": 8, "network.mlp.depth": 1,
+        "training.steps": 2, "training.batch_size": 8, "training.condition_dropout": "text:0.5", "sampling.n": 3,
+    }  # fmt: skip
+    train = [f"--config.{name}={value}" for name, value in overrides.items()]
+    assert main(["train", "--config=toy_ring", run, *train]) == 0
+    np.savez(tmp_path / "text.npz", tokens=np.ones((3, 2, 2)), mask=np.array([[True, False]] * 3))
+    np.save(tmp_path / "pose.npy", np.arange(9.0).reshape(3, 3))
+    given = [f"--condition.text={tmp_path / 'text.npz'}", f"--condition.pose={tmp_path / 'pose.npy'}", "--class=1"]
+    assert main(["sample", run, "--guidance=2", "--nfe=8", f"--out={tmp_path / 's.npz'}", *given]) == 0
+    d = Arrays(
+        path=str(tmp_path / "s.npz"), labels_key="labels", conditions="text:tokens, pose:vector", held_out=0.4
+    ).load()
+    both = torch.cat([d.train.condition["pose"], d.held_out.condition["pose"]])
+    assert sorted(both[:, 0].tolist()) == [0.0, 3.0, 6.0] and labels_of(d).tolist() == [1, 1, 1]
+    assert d.train.condition["text"]["mask"].tolist() == [[True, False, False]] * 2
+    assert main(["sample", run, "--condition.txt=1"]) == 2
+    assert "Did you mean 'text'" in capsys.readouterr().err
+
+
+BAD = np.where(np.arange(30) == 3, np.nan, 1.0)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "changed", "message"),
+    [
+        ("pose", {}, 'name:kind.*, got \'pose\'|kind among'),
+        ("pose:vectr", {}, "kind among .* got 'vectr'. Did you mean 'vector'"),
+        ("pose:vector:3", {}, "a number, of classes"),
+        ("style:class:0", {}, "positive; got 'style:class:0'"),
+        ("style:class:6:7", {}, "name:kind or name:kind:classes"),
+        ("a b:class", {}, "name:kind or name:kind:classes"),
+        ("style:class, style:class", {}, "name 'style' twice"),
+        ("class_label:class", {}, "name 'class_label' twice"),
+        ("sty:class", {}, "no array 'sty' in the file; it holds data, labels"),
+        ("style:class:3", {}, "'style' must be >= 0 and < 3, got values from 0 to 3"),
+        ("pose:class", {}, r"'pose' must be integers of shape \(30,\), got float64"),
+        ("labels:vector", {}, r"real numbers of shape \(N, d\) with N = 30.* got int64"),
+        ("pose:image", {}, r"shape \(N, C, H, W\)"),
+        ("pose:vector", {"pose": BAD}, "'pose' holds NaN or infinite values in 1 of 30"),
+        ("pose:vector", {"pose": BAD[4:]}, "with N = 30"),
+        ("text:tokens", {"text.mask": np.ones((30, 2), dtype=bool)}, "mask of condition 'text' must be bool of shape"),
+        ("words:tokens", {"words.mask": np.ones((30, 3))}, "mask of condition 'words' must be bool.* got float64"),
+        ("words:tokens:4", {}, "'words' must be >= 0 and < 4, got values from 0 to 4"),
+    ],
+)
+def test_conditions_that_do_not_match(conditions, changed, message, tmp_path):
+    np.savez(tmp_path / "x.npz", **(several() | changed))
+    with pytest.raises(ValueError, match=message) as caught:
+        Arrays(path=str(tmp_path / "x.npz"), labels_key="labels", conditions=conditions).load()
+    assert "\n" not in str(caught.value)
 
 
 class _Bomb:
