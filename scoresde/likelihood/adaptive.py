@@ -13,8 +13,9 @@ from scoresde.likelihood.divergence import Traces, value_and_traces
 from scoresde.likelihood.ends import remainder, terms
 from scoresde.likelihood.path import Groups, evaluate
 from scoresde.likelihood.precision import rounding
-from scoresde.likelihood.probes import Probes, variance
+from scoresde.likelihood.probes import Probes
 from scoresde.likelihood.result import Likelihood
+from scoresde.likelihood.scatter import variance
 from scoresde.likelihood.settings import CORRECTIONS, KEPT, Adaptive, Settings
 from scoresde.likelihood.words import sentences, unknown_noise
 from sde_lib import ReverseSDE

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scoresde.likelihood.probes import Probes, as_probes, squares, variance
+from scoresde.likelihood.probes import Probes, as_probes
+from scoresde.likelihood.scatter import squares, variance
 from sde_lib._checks import check_state
 from solvers.noise import Rng, as_draw
 
@@ -117,7 +118,7 @@ class Traces(NamedTuple):
     shares: Tensor | None = None
 
     def squares(self, low: int, high: int) -> Tensor:
-        """`probes.squares` of the estimates low … high - 1, (B, 3); without signs those of the estimates themselves."""
+        """`scatter.squares` of the estimates low … high - 1, (B, 3); without signs, of the estimates themselves."""
         if self.signs is not None and self.shares is not None:
             return squares(self.signs[:, low:high], self.shares[:, low:high])
         away = self.values[:, low:high].detach()

@@ -7,8 +7,8 @@ the grid. With :math:`y = x / r`, :math:`r^2 = \sigma^2 + \alpha^2\sigma_d^2` an
 .. math:: \log p_{t_{min}}(x) = \log \pi(x_T) + D \log\frac{r_T}{r_{t_{min}}}
           + \int \nabla\cdot\frac{dy}{d\theta}\, d\theta,
 
-where the terms of thousands of nats stand outside of the integral. The integral is a weighted sum over the knots:
-between two knots the integrand, as a function of lambda, is the cubic through the four nearest.
+where the terms of thousands of nats stand outside of the integral. The integral is a weighted sum over the knots
+(`quadrature`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from scoresde.likelihood.divergence import Traces, value_and_traces
 from scoresde.likelihood.probes import Probes
+from scoresde.likelihood.quadrature import quadrature
 from sde_lib import SDE, Knot, Prediction, ReverseSDE, Wrapper
 from solvers import Angle, Grid, Solver, make_knots, solve
 from solvers.runge_kutta import rescale
@@ -37,7 +38,7 @@ class Estimates(NamedTuple):
 
     Attributes:
         values: (B, K), or (B, 1) for the exact trace; float64.
-        squares: of each split of the estimates their `probes.squares`, (B, splits, 3).
+        squares: of each split of the estimates their `scatter.squares`, (B, splits, 3).
     """
 
     values: Tensor
@@ -80,47 +81,6 @@ def ascending_knots(law: SDE, grid: Grid | str, steps: int) -> tuple[Knot, ...]:
     """Knots of a grid from t_min up to where lambda is finite."""
     inner = make_knots(law, grid, steps, needs_drift=True)[-2:0:-1]
     return (law.knot(law.t_min), *inner, law.knot(law.drift_t_max))
-
-
-def quadrature(knots: Sequence[Knot], sigma_data: float, coarse: bool = False) -> list[float]:
-    """Weights w with sum_k w_k g(theta_k) = the integral of g over the angle, cubic in lambda between knots.
-
-    A last knot at alpha = 0, where lambda is infinite, is joined by a trapezoid in the angle; `coarse`, by a rectangle.
-    """
-    angle = Angle(sigma_data)
-    finite = [k for k in knots if k.alpha > 0]
-    u = [-float(k.half_log_snr) for k in finite]
-    n = len(u)
-    weights = [0.0] * len(knots)
-    points = min(4, n)
-    for i in range(n - 1):
-        low = max(0, min(i - (points - 2) // 2, n - points))
-        for j, w in enumerate(_cubic_weights(u[low : low + points], u[i], u[i + 1]), low):
-            weights[j] += w
-    for k, knot in enumerate(finite):
-        turned = float(angle.of(knot))
-        weights[k] *= math.sin(turned) * math.cos(turned)
-    if len(finite) < len(knots):
-        step = float(angle.of(knots[-1])) - float(angle.of(knots[-2]))
-        weights[-2] += step if coarse else step / 2
-        weights[-1] += 0.0 if coarse else step / 2
-    return weights
-
-
-_SIMPSON = ((-math.sqrt(0.6), 5 / 9), (0.0, 8 / 9), (math.sqrt(0.6), 5 / 9))
-"""Gauss points and weights on [-1, 1], exact to degree five."""
-
-
-def _cubic_weights(at: Sequence[float], a: float, b: float) -> list[float]:
-    """Integrals over [a, b] of the Lagrange polynomials through a few points."""
-    out = []
-    for j, here in enumerate(at):
-        total = 0.0
-        for x, w in _SIMPSON:
-            u = 0.5 * (a + b) + 0.5 * (b - a) * x
-            total += 0.5 * (b - a) * w * math.prod((u - v) / (here - v) for i, v in enumerate(at) if i != j)
-        out.append(total)
-    return out
 
 
 def evaluate(

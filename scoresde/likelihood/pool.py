@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde.likelihood.path import Estimates
-from scoresde.likelihood.probes import variance
+from scoresde.likelihood.scatter import variance
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Pool:
 
     Attributes:
         means: per knot, (B,), float64.
-        squares: per knot their `probes.squares`, (B, 3).
+        squares: per knot their `scatter.squares`, (B, 3).
         count: estimates per knot, a number or (B,) on the CPU; inf for the exact trace, 0 for none yet.
     """
 

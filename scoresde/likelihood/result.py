@@ -20,7 +20,7 @@ class Likelihood:
         log_prob: log p at t_min of the state, (B,), or at t = 0 with ``correct=("truncation",)``; nan where it failed.
         trace_se: standard error of the trace estimate, (B,): 0 for the exact trace, nan for a single probe or for less
             than `KEPT` kept ones, which cannot tell. Statistical: multiply by the t-quantile of `trace_dof` degrees of
-            freedom, as `trace_bar` does. See `scoresde.likelihood.probes.squares`.
+            freedom, as `trace_bar` does. See `scoresde.likelihood.scatter.squares`.
         trace_dof: degrees of freedom of `trace_se`, (B,) (Welch and Satterthwaite); inf for the exact trace.
         discretization: difference between the result and the one with half as many steps (fixed grids; or, if larger,
             1/32 of the difference between half and a quarter) or with a tolerance per step 32 times larger

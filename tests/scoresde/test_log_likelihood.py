@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from scoresde import SDES, VPSDE, ClassifierFreeGuidance, GaussianMixture, log_likelihood
-from scoresde.likelihood.path import ascending_knots, quadrature
+from scoresde.likelihood.path import ascending_knots
+from scoresde.likelihood.quadrature import quadrature
 from sde_lib import EDMSDE, PARAMETERIZATIONS, VESDE, FlowSDE, Wrapper
 from solvers import DDIM, RK4, Angle, Blended, EulerMaruyama, Heun, PerSample, Status
 
