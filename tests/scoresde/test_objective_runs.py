@@ -277,15 +277,16 @@ def test_a_run_of_one_process_is_finished_by_two(tmp_path):
         same_training(tmp_path / name, tmp_path / f"{name} begun")
 
 
+def digits(workdir, accumulation=1):
+    """Five steps of a small U-Net in float32."""
+    config = settings(steps=5, accumulation=accumulation, flip=True, condition_dropout="0.5", eval_every=5)
+    config.network.name, config.network.unet.channels, config.network.unet.dropout = "unet", 8, 0.0
+    train(config, workdir, progress=False)
+
+
 @pytest.mark.slow
 def test_losses_of_images_in_float32_agree(tmp_path):
     """Dequantized, mirrored, with classes left out: five steps to 1e-5."""
-
-    def digits(workdir, accumulation=1):
-        config = settings(steps=5, accumulation=accumulation, flip=True, condition_dropout="0.5", eval_every=5)
-        config.network.name, config.network.unet.channels, config.network.unet.dropout = "unet", 8, 0.0
-        train(config, workdir, progress=False)
-
     digits(tmp_path / "whole")
     digits(tmp_path / "parts", 4)
     for world in (2, 4):
