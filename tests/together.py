@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 
-def in_processes(world: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What a function returns in each process of a gloo group. One that fails there fails here."""
+def in_processes(world: int, work: Callable[..., Any], *arguments: Any, lost: int = 0) -> list[Any]:
+    """What a function returns in each process of a gloo group. One that fails there fails here; so many as are `lost`
+    end without a word, and have None here."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -28,14 +29,20 @@ def in_processes(world: int, work: Callable[..., Any], *arguments: Any) -> list[
     for worker in workers:
         worker.start()
     found = {}
-    for _ in workers:
-        rank, result, error = queue.get(timeout=300)
-        if error is not None:
-            raise RuntimeError(f"process {rank}: {error}")
-        found[rank] = result
-    for worker in workers:
-        worker.join()
-    return [found[rank] for rank in range(world)]
+    try:
+        for _ in range(world - lost):
+            rank, result, error = queue.get(timeout=300)
+            if error is not None:
+                raise RuntimeError(f"process {rank}: {error}")
+            found[rank] = result
+    except BaseException:
+        for worker in workers:
+            worker.terminate()  # the others may wait for the one that failed
+        raise
+    finally:
+        for worker in workers:
+            worker.join()
+    return [found.get(rank) for rank in range(world)]
 
 
 def _worker(rank: int, world: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...], queue: Any) -> None:

@@ -6,11 +6,13 @@ import time
 
 import pytest
 import torch
+from together import in_processes
 
 from scoresde import DataSpec, GaussianMixture, ScoreModel, bits_per_dim
 from scoresde.codecs import Affine
 from scoresde.likelihood.dequantization import as_dequantization, name_of
 from scoresde.likelihood.scores import COLUMNS
+from scoresde.storage.processes import process
 from sde_lib import VPSDE
 from solvers import Status
 
@@ -235,19 +237,12 @@ def test_a_killed_run_goes_on(tmp_path):
         bits_per_dim(model, counts, path=tmp_path / "note.csv")
 
 
-def _scored_by_two(rank, folder, queue):
-    import os
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=folder[0], RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+def _scored_by_two(path):
     spec = DataSpec((2,), 5)
     model = model_of(GaussianMixture([[-0.4, 0.1], [0.5, 0.2]], std=[0.3, 0.2]), spec)
     counts = torch.randint(0, 5, (7, 2), generator=torch.Generator().manual_seed(0))
-    time.sleep(0.5 * rank)  # the first is done with some rows before the other looks
-    result = bits_per_dim(model, counts, batch_size=2, steps=16, divergence="hutchinson", path=folder[1])
-    queue.put((rank, result.per_sample.tolist()))
-    torch.distributed.destroy_process_group()
+    time.sleep(0.5 * process()[0])  # the first is done with some rows before the other looks
+    return bits_per_dim(model, counts, batch_size=2, steps=16, divergence="hutchinson", path=path).per_sample.tolist()
 
 
 @pytest.mark.slow
@@ -255,11 +250,6 @@ def test_processes_share_the_work(tmp_path):
     """Two processes: each scores its half, both get the whole, which is that of one, and every row is written once.
 
     They start from what a killed run of two left: rows 0 and 1 in its two files, and half a row."""
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
     spec = DataSpec((2,), 5)
     model = model_of(GaussianMixture([[-0.4, 0.1], [0.5, 0.2]], std=[0.3, 0.2]), spec)
     counts = torch.randint(0, 5, (7, 2), generator=torch.Generator().manual_seed(0))
@@ -268,16 +258,7 @@ def test_processes_share_the_work(tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[4][:9])
     (tmp_path / "scores.rank1.csv").write_text("".join([*lines[:2], lines[3]]))
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    folder = (port, str(tmp_path / "scores.csv"))
-    workers = [context.Process(target=_scored_by_two, args=(rank, folder, queue)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    results = dict(queue.get(timeout=300) for _ in workers)
-    for worker in workers:
-        worker.join()
-    for result in results.values():
+    for result in in_processes(2, _scored_by_two, str(path)):
         torch.testing.assert_close(torch.tensor(result, dtype=torch.float64), alone.per_sample)
     assert [file.name for file in tmp_path.iterdir()] == ["scores.csv"]
     written = path.read_text().splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import Any
@@ -108,6 +109,16 @@ def test_two_processes():
     assert one["first failed"] == two["first failed"] == ("FileNotFoundError", "gone", True)
     for rank, found in enumerate((one, two)):
         assert found["beside"][:2] == (rank, 5) and found["beside"][2].tolist() == [0, 1]
+
+
+def abandoned() -> Any:
+    return caught(lambda: together(lambda: os._exit(9) if process()[0] else 1))
+
+
+def test_a_process_that_dies_is_noticed():
+    """At once, not after the time for which a busy one is waited for."""
+    (kind, _, _), nothing = in_processes(2, abandoned, lost=1)
+    assert kind == "RuntimeError" and nothing is None
 
 
 @pytest.mark.parametrize("coupled", [False, True], ids=["rows", "coupled"])
