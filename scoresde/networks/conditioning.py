@@ -160,6 +160,7 @@ class ConditionEmbedding(nn.Module):
         h = self._added(h, "vector", given)
         if self.target is not None:
             target = noise_level if target_noise_level is None else target_noise_level
+            _check_shape("target_noise_level", target, tuple(noise_level.shape))
             h = h + self.target(self.noise_level(target).to(self.dtype))
         elif target_noise_level is not None:
             raise TypeError("This network has one noise level: build it with target_noise_level=True for two.")

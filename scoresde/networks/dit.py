@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scoresde.data.conditions import Conditions, ConditionSpec
 from scoresde.networks.attention import CrossAttention, Tokens
 from scoresde.networks.conditioning import ConditionEmbedding, check_images
-from scoresde.networks.embeddings import check_count, check_dropout, zeroed
+from scoresde.networks.embeddings import check_count, check_dropout, check_inputs, zeroed
 
 FEATURES = 256
 """Sinusoidal features of a noise level, whatever the width of the network."""
@@ -245,8 +245,7 @@ class DiT(nn.Module):
     def forward(
         self, x: Tensor, noise_level: Tensor, *, target_noise_level: Tensor | None = None, **condition: Any
     ) -> Tensor:
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}.")
+        check_inputs(x, noise_level, self.shape)
         c, tokens, extra = self.condition(noise_level, target_noise_level, condition=condition)
         h = (self.inlet(x) if extra is None else self.inlet(x) + extra).flatten(2).transpose(1, 2)
         kind = self.inlet.weight.dtype  # not h's: under autocast tokens are summed up in the parameters' precision

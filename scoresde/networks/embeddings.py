@@ -92,3 +92,11 @@ def check_dropout(value: float) -> None:
     """Raise unless 0 <= `value` < 1."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"`dropout` must be in [0, 1), got {value}.")
+
+
+def check_inputs(x: Tensor, noise_level: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless `x` is (B, *shape) and `noise_level` is (B,)."""
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(f"x must have shape (B, *{shape}), got {tuple(x.shape)}.")
+    if noise_level.shape != x.shape[:1]:
+        raise ValueError(f"`noise_level` must have shape ({x.shape[0]},), got {tuple(noise_level.shape)}.")

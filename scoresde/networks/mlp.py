@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scoresde.data.conditions import Conditions, ConditionSpec
 from scoresde.networks.conditioning import ConditionEmbedding
-from scoresde.networks.embeddings import check_count, check_dropout, zeroed
+from scoresde.networks.embeddings import check_count, check_dropout, check_inputs, zeroed
 
 
 class _Block(nn.Module):
@@ -91,8 +91,7 @@ class MLP(nn.Module):
     def forward(
         self, x: Tensor, noise_level: Tensor, *, target_noise_level: Tensor | None = None, **condition: Any
     ) -> Tensor:
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}.")
+        check_inputs(x, noise_level, self.shape)
         given = self.condition(noise_level, target_noise_level, condition=condition)
         h = self.inlet(x.flatten(1))
         if given.inlet is not None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scoresde.data.conditions import Conditions
-from scoresde.networks.embeddings import check_count, zeroed
+from scoresde.networks.embeddings import check_count, check_inputs, zeroed
 from scoresde.networks.refinenet import (
     ACTIVATIONS,
     INTERPOLATIONS,
@@ -139,10 +139,7 @@ class RefineNet(nn.Module):
         return self.outlet(self.act(self.norm(h, noise_level)))
 
     def forward(self, x: Tensor, noise_level: Tensor, **condition: Any) -> Tensor:
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}.")
-        if noise_level.shape != x.shape[:1]:
-            raise ValueError(f"`noise_level` must have shape ({len(x)},), got {tuple(noise_level.shape)}.")
+        check_inputs(x, noise_level, self.shape)
         given = [name for name, value in condition.items() if value is not None]
         if given:
             raise TypeError(f"{type(self).__name__} takes no conditions: call it without {', '.join(given)}.")

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from scoresde.data.conditions import Conditions, ConditionSpec
 from scoresde.networks.blocks import Outlet, Stage, conv, initialise_by_fans, joined
 from scoresde.networks.conditioning import ConditionEmbedding, Embedded, check_images
-from scoresde.networks.embeddings import check_count, check_dropout
+from scoresde.networks.embeddings import check_count, check_dropout, check_inputs
 from scoresde.networks.levels import Down, Plan
 from scoresde.networks.resampling import DownConv, Resample, UpConv
 
@@ -248,8 +248,7 @@ class UNet(nn.Module):
         augment_label: Tensor | None = None,
         **condition: Any,
     ) -> Tensor:
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x must have shape (B, *{self.shape}), got {tuple(x.shape)}.")
+        check_inputs(x, noise_level, self.shape)
         c = self.condition(noise_level, target_noise_level, augment_label, condition)
         h = self.inlet(x) if c.inlet is None else self.inlet(x) + c.inlet
         skips, pyramid = [h], x

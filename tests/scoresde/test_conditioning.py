@@ -158,6 +158,8 @@ def test_what_does_not_fit_is_refused(name):
     ):
         with pytest.raises(error, match=words):
             net(x, level, **given | condition)
+    with pytest.raises(ValueError, match=r"`target_noise_level` must have shape \(5,\)"):
+        network(name)(x, level, target_noise_level=level[0])
     with pytest.raises(TypeError, match="built without conditions"):
         network(name, conditions={}, target_noise_level=False)(x, level, class_label=given["class_label"])
 

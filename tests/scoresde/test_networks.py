@@ -207,6 +207,9 @@ def test_wrong_shape_is_refused(name):
     net = network(name)
     with pytest.raises(ValueError, match="x must have shape"):
         net(torch.zeros(2, 3, 7, 5), torch.zeros(2))
+    for wrong in (torch.zeros(2), torch.tensor(0.0), torch.zeros(3, 1)):
+        with pytest.raises(ValueError, match=r"`noise_level` must have shape \(3,\)"):
+            net(torch.zeros(3, *net.shape), wrong)
 
 
 @pytest.mark.parametrize("conditioning", ["scale_shift", "add"])
