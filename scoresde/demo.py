@@ -23,7 +23,7 @@ from torch import Tensor
 from scoresde.config import make_data, make_law
 from scoresde.data.spec import DataSpec
 from scoresde.figures import LINES, image_rows, panels, plain_ticks, require_matplotlib
-from scoresde.guidance import ClassifierFreeGuidance, inpaint
+from scoresde.guidance import inpaint
 from scoresde.likelihood import bits_per_dim
 from scoresde.metrics import energy_distance, energy_distance_error, gaussian_bits_per_dim, sliced_wasserstein
 from scoresde.models.score_model import ScoreModel
@@ -205,9 +205,8 @@ def _classes(model: ScoreModel, spec: DataSpec, seed: int) -> dict[str, Tensor]:
     """Class-conditional samples with guidance, one row per class."""
     per_class = 12
     labels = torch.arange(spec.num_classes, device=model.device).repeat_interleave(per_class)
-    rev = ClassifierFreeGuidance(model.reverse({"class_label": labels}), scale=2.0)
-    shape = (len(labels), *model.state_shape)
-    drawn = model.decode(sample(rev, shape, Heun(), steps=18, grid=Karras(), rng=seed, device=model.device).x).cpu()
+    options: dict[str, Any] = {"steps": 18, "grid": Karras(), "rng": seed}
+    drawn = model.sample(len(labels), Heun(), {"class_label": labels}, guidance=2.0, **options).cpu()
     return {str(c): part for c, part in enumerate(drawn.split(per_class))}
 
 

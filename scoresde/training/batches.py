@@ -11,7 +11,7 @@ from torch import Tensor
 from scoresde.config import ConfigError
 from scoresde.data import Split
 from scoresde.data.batch import Batch
-from scoresde.data.conditions import ConditionSpec, replaced
+from scoresde.data.conditions import ConditionSpec, mapped, replaced
 from scoresde.data.spec import DataSpec
 from scoresde.streams import Streams, permutation
 
@@ -43,8 +43,10 @@ class Order:
 
 
 def placed(split: Split, device: torch.device) -> Split:
-    """A split on the device if it is small enough to live there for good."""
-    return split if split.data.numel() * split.data.element_size() > 2**30 else split.to(device)
+    """A split on the device if it is small enough to live there for good, its conditions included."""
+    sizes = [split.data.nbytes]
+    mapped(lambda value: sizes.append(value.nbytes), split.condition)
+    return split if sum(sizes) > 2**30 else split.to(device)
 
 
 def batch_of(

@@ -8,7 +8,7 @@ from scoresde.data import Split
 from scoresde.data.conditions import ConditionSpec
 from scoresde.data.spec import DataSpec
 from scoresde.streams import Streams
-from scoresde.training.batches import batch_of, condition_dropout
+from scoresde.training.batches import batch_of, condition_dropout, placed
 from scoresde.training.evaluation import shown
 
 SPECS = {
@@ -81,3 +81,12 @@ def test_samples_to_show_have_one_class_after_the_other_and_other_conditions_of_
     assert found["class_label"].tolist() == [0, 1, 2, 0, 1]
     assert found["text"]["tokens"][:, 0, 0].tolist() == [0, 1, 0, 1, 0]
     SPEC.check_condition(found, 5)
+
+
+def test_a_split_lives_on_the_device_if_its_conditions_fit_there_too():
+    """Expanded tensors take no memory; their sizes are those of what they stand for."""
+    text = {"tokens": torch.zeros(()).expand(4, 2**26 + 1), "mask": torch.ones(4, dtype=torch.bool)}
+    small, large = (Split(torch.zeros(4, 2), condition) for condition in ({"pose": torch.zeros(4, 3)}, {"text": text}))
+    there = placed(small, torch.device("meta"))
+    assert there.data.is_meta and there.condition["pose"].is_meta
+    assert placed(large, torch.device("meta")) is large

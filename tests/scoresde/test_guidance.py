@@ -9,7 +9,7 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor, nn
 
-from scoresde import ClassifierFreeGuidance, ScoreModel
+from scoresde import ClassifierFreeGuidance, ScoreModel, log_likelihood
 from scoresde.data import ConditionSpec, DataSpec
 from scoresde.data.conditions import mapped, null_condition
 from scoresde.networks import NETWORKS
@@ -276,6 +276,22 @@ def test_samples_of_networks_under_every_kind_of_condition(name):
     for key in specs:  # each is read
         less = {k: v for k, v in condition.items() if k != key}
         assert float((drawn(less) - full).abs().max()) > 1e-5, key
+
+
+@pytest.mark.parametrize("options", [{}, {"divergence": "exact", "solver": "heun", "steps": 4}], ids=["probes", "sum"])
+def test_likelihoods_through_guidance(options):
+    """Traces through a batch of twice the rows: at w = 1 those of the conditional model alone, with twice the calls."""
+    x = states(3)[:, :1, :1, :3].reshape(3, 3)
+    network = NETWORKS["mlp"]((3,), width=8, depth=1, conditions={k: SPECS[k] for k in ("class_label", "text")})
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(0.1)
+    spec = DataSpec((3,), conditions=network.condition.specs)
+    model = ScoreModel(network.double(), VPSDE(), data_spec=spec)
+    rev = model.reverse({name: rows_of(3)[name] for name in ("class_label", "text")})
+    plain, guided = (log_likelihood(r, x, rng=0, **options) for r in (rev, ClassifierFreeGuidance(rev, 1.0)))
+    torch.testing.assert_close(guided.log_prob, plain.log_prob, rtol=0, atol=1e-8)  # steps follow rounding
+    assert torch.equal(guided.nfe, 2 * plain.nfe)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
