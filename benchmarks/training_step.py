@@ -35,7 +35,7 @@ BLOCK, BLOCKS = 10, 12
 class Scale(nn.Module):
     """The least that can be trained: with one weight, or with those of the default U-Net."""
 
-    def __init__(self, shape: Any = SHAPE, num_classes: int = 0, conditions: Any = None, full: bool = False) -> None:
+    def __init__(self, shape: Any = SHAPE, conditions: Any = None, full: bool = False) -> None:
         super().__init__()
         from scoresde.networks import UNet
 

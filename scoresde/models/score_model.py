@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class ScoreModel(nn.Module):
-    """A score network with its law, parameterization, label map, input scaling and data specification.
+    """A score network with its law, parameterization, noise level, input scaling and data specification.
 
     Args:
         network: ``network(x, noise_level, **condition) -> Tensor`` like x; the noise level has shape (B,).
@@ -55,7 +55,7 @@ class ScoreModel(nn.Module):
     A network with the attribute `learned_variance` returns twice the channels; the second half is `log_variance`'s.
 
     Raises:
-        ValueError: for an unknown name, or an index label without a number of levels.
+        ValueError: for an unknown name, or an index without a number of levels.
     """
 
     describes: ClassVar[str] = "density"

@@ -1,4 +1,4 @@
-"""Data specifications, label maps, input scaling and the wrappers of a reverse SDE."""
+"""Data specifications, noise levels, input scaling and the wrappers of a reverse SDE."""
 
 import itertools
 import json
@@ -36,8 +36,8 @@ from solvers import make_knots
 class Spy(nn.Module):
     """Records what the network is called with; answers zero."""
 
-    def forward(self, x, label, **condition):
-        self.x, self.label, self.condition = x, label, condition
+    def forward(self, x, noise_level, **condition):
+        self.x, self.noise_level, self.condition = x, noise_level, condition
         return torch.zeros_like(x)
 
 
@@ -114,9 +114,9 @@ def test_labels_are_what_they_say():
         spy = Spy()
         model = ScoreModel(spy, law, "noise", name)
         model(torch.zeros(4, 2), 7 if name.startswith("index") else 0.3)
-        torch.testing.assert_close(spy.label, torch.full((4,), float(expected.get(name, 7))))
+        torch.testing.assert_close(spy.noise_level, torch.full((4,), float(expected.get(name, 7))))
         model(torch.zeros(2, 2), torch.tensor([7, 7]) if name.startswith("index") else torch.tensor([0.3, 0.3]))
-        torch.testing.assert_close(spy.label, torch.full((2,), float(expected.get(name, 7))))
+        torch.testing.assert_close(spy.noise_level, torch.full((2,), float(expected.get(name, 7))))
 
 
 def test_unit_scaling_gives_unit_variance_at_every_noise_level():
@@ -141,7 +141,7 @@ def test_the_parameterization_reads_the_output(kind):
     p, q = PARAMETERIZATIONS[kind](*kwargs).coefficients(knot)
 
     class Known(nn.Module):
-        def forward(self, x, label):
+        def forward(self, x, noise_level):
             return p * x_0 + q * eps
 
     prediction = ScoreModel(Known(), sde, kind, sigma_data=0.5)(knot.alpha * x_0 + knot.sigma * eps, 0.3)
@@ -159,8 +159,8 @@ def test_a_float64_state_meets_a_float32_network():
             super().__init__()
             self.inner = network
 
-        def forward(self, x, label):
-            assert x.dtype == torch.float32 and label.dtype == torch.float32
+        def forward(self, x, noise_level):
+            assert x.dtype == torch.float32 and noise_level.dtype == torch.float32
             return self.inner(x)
 
     model = ScoreModel(Net(), VPSDE(), "noise")
@@ -210,7 +210,7 @@ def test_samples_come_in_data_units_and_dropout_is_off():
             super().__init__()
             self.body = network
 
-        def forward(self, x, label):
+        def forward(self, x, noise_level):
             assert not self.training
             return self.body(x)
 
