@@ -105,7 +105,7 @@ def elbo_of_data(
         TypeError: for what is no score model, an option that there is not, data that are no tensor, or a condition of
             another type.
         ValueError: for data or conditions that do not fit the specification, a model without one or of no density, or a
-            codec that is no bijection (that mixes the elements, for the discrete decoder).
+            codec that is no bijection (or mixes the noise of the elements, for the discrete decoder).
     """
     if not isinstance(model, ScoreModel):
         raise TypeError(f"elbo_of_data needs a ScoreModel, got {type(model).__name__} (see elbo).")
