@@ -185,7 +185,8 @@ def in_processes(world, work):
             try:
                 torch.set_num_threads(1)
                 names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-                os.environ.update({k: str(v) for k, v in names.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+                os.environ.update({name: str(value) for name, value in names.items()})
                 work()
                 torch.distributed.barrier()
                 code = 0
