@@ -292,14 +292,15 @@ class RungeKuttaRows(Rows):
         """The state's own time scale (Hairer, Norsett & Wanner, II.4) times (tolerance / size of the state)^(1 / k).
 
         By Taylor's formula that is where the error reaches the tolerance, up to a constant. Without a call. At most a
-        tenth of the way: at the prior slopes may vanish, and say nothing about what comes.
+        tenth of the way: at the prior slopes may vanish, and say nothing about what comes. At least a millionth of it:
+        a state that starts at 0 has no time scale.
         """
         first, calls = self._first(u, leaves)
         y, rtol, atol = leaves[0], self.rtol[0], self.atol[0]
         size = error_norm(y, y, y, rtol, atol).clamp(min=1e-3)
         speed = error_norm(first[0], y, y, rtol, atol).clamp(min=1e-12)
         guess = 0.6 * size.clamp(min=1.0) ** (-1.0 / self.exponent) * size / speed
-        return guess.clamp(max=0.1 * abs(span)), calls
+        return guess.clamp(1e-6 * abs(span), 0.1 * abs(span)), calls
 
     def _first(self, u: Tensor, leaves: Leaves) -> tuple[Leaves, Tensor | int]:
         def slopes(rows: Tensor | None) -> Leaves:

@@ -168,6 +168,15 @@ def test_each_sample_has_its_own_steps():
     assert torch.equal(out.nfe, 1 + 6 * tries) and len(set(out.nfe.tolist())) > 1
 
 
+def test_a_state_that_starts_at_zero():
+    """It has no time scale, and its first step would be one too small to go on with. On a Gaussian quantiles stay."""
+    law, data = make_sde("vp"), GaussianMixture([[0.7]], std=0.5)
+    t, s = lambda_knots(law, 1)
+    out = solve(data.reverse(law), torch.zeros(1, 1).double(), AdaptiveRungeKutta(rtol=1e-10, atol=1e-10), grid=(t, s))
+    here, there = (math.hypot(0.5 * k.alpha, k.sigma) for k in (t, s))
+    assert out.ok and float(out.x) == pytest.approx(0.7 * (s.alpha - there / here * t.alpha), abs=1e-8)
+
+
 def test_finished_rows_leave_the_batch():
     """Rows shrink as samples finish, and rows in calls add up to the reported calls."""
     sde, data = make_sde("vp"), mixture()
