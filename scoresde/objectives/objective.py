@@ -67,7 +67,7 @@ class Objective(nn.Module):
 
     phases: Mapping[str, tuple[str, ...]] = {"train": ("model",)}
     """Phase -> the parts that it trains, in the order in which they take turns at every step. A GAN:
-    ``{"critic": ("critic",), "generator": ("generator",)}``."""
+    ``{"critic": ("critic",), "generator": ("generator",)}``. A phase's loss depends on all of its parts."""
     group: int = 1
     """Rows that a loss couples: so many consecutive rows of the global batch see each other (a transport plan, shared
     times), and have to be in one process's part. 1: every row by itself."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +12,12 @@ from torch import nn
 from scoresde import config as configs
 from scoresde.config import ConfigError
 from scoresde.data import Dataset, Split
-from scoresde.objectives import At, Objective
-from scoresde.storage.files import one_line
+from scoresde.objectives import Objective
 from scoresde.storage.processes import hosts
-from scoresde.streams import Streams
 from scoresde.training.averages import Averages
-from scoresde.training.batches import Order, batch_of, condition_dropout, placed
+from scoresde.training.batches import Order, condition_dropout, placed
 from scoresde.training.buffers import moving, same
+from scoresde.training.checks import check_objective, tried
 from scoresde.training.optimizers import phase_options
 from scoresde.training.phases import Phase
 from scoresde.training.settings import PRECISIONS
@@ -94,8 +91,7 @@ def assembled(config: ConfigDict, model: nn.Module | None, objective: Objective 
         objective = configs.make_objective(config, made)
     elif model is not None:
         raise ConfigError("Give a model or an objective, which has its model already, not both.")
-    objective.ema_decay = t.ema_decay
-    check_objective(objective)
+    check_objective(objective, t.ema_decay)
     part_size = _part_size(config, world, objective.group)
     options = phase_options(t, objective)
     for value in objective.frozen().values():
@@ -106,8 +102,9 @@ def assembled(config: ConfigDict, model: nn.Module | None, objective: Objective 
         objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     same(objective.state_dict().values())  # own objects may differ between processes
     train_data, held_out = placed(data.train, device), placed(data.held_out, device)
-    _try(objective, train_data, data, part_size, device)
-    phases = [Phase(objective, name, options[name], accelerator) for name in objective.phases]
+    splits = (train_data, held_out) if t.eval_every > 0 else (train_data,)
+    unused = tried(objective, splits, data.spec, part_size, device)
+    phases = [Phase(objective, name, options[name], accelerator, unused[name]) for name in objective.phases]
     averages = Averages(objective)
     if t.compile:
         for part in {name for names in objective.phases.values() for name in names}:
@@ -144,61 +141,6 @@ def _part_size(config: ConfigDict, world: int, group: int) -> int:
             f"batch_size={t.batch_size} over {parts} parts): they must be a multiple."
         )
     return int(t.batch_size // parts)
-
-
-def check_objective(objective: Any) -> None:
-    """Raise unless phases, averages and the result of an objective name its parts, and its parts are all there is."""
-    if not isinstance(objective, Objective):
-        raise TypeError(f"`objective` must be an Objective, got {type(objective).__name__}.")
-    parts = dict(objective.named_children())
-    for phase, names in objective.phases.items():
-        _check_parts(parts, names, f"The phase {phase!r} trains")
-    averages = objective.averages()
-    for name, rule in averages.items():
-        _check_parts(parts, (rule.part,), f"The average {name!r} is of")
-    _check_parts(parts, (objective.trains,), "The result is")
-    for name in (*objective.phases, *averages):
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise ConfigError(f"{name!r} names a file: use letters, digits, '_' and '-'.")
-    own = [name for name, _ in objective.named_parameters(recurse=False)]
-    if own:
-        raise ConfigError(f"The parameter {own[0]!r} of the objective is in no part: put it into a module of its own.")
-    seen: dict[Any, str] = {}
-    for name, part in parts.items():
-        for weight in part.parameters():
-            if seen.setdefault(weight, name) != name:
-                raise ConfigError(f"The parts {seen[weight]!r} and {name!r} share a weight: make them one part.")
-    if set(objective.result().state_dict()) != set(parts[objective.trains].state_dict()):
-        raise ConfigError(f"`result()` must hold the weights of the part {objective.trains!r}, and no others.")
-
-
-def _check_parts(parts: dict[str, nn.Module], names: Iterable[str], what: str) -> None:
-    for name in names:
-        if name not in parts:
-            raise ConfigError(f"{what} {name!r}, which is no part of the objective; it has {', '.join(parts)}.")
-
-
-def _try(objective: Objective, split: Split, data: Dataset, part_size: int, device: torch.device) -> None:
-    """A loss of every phase on a few samples, so that what does not work fails before the first step and before any
-    file."""
-    kept = [(buffer, buffer.clone()) for buffer in objective.buffers()]
-    rows = torch.arange(objective.group) % len(split)
-    streams = Streams(0, range(objective.group), of=part_size, key=("try",), device=device)
-    averages = {name: getattr(objective, rule.part) for name, rule in objective.averages().items()}
-    batch, at = batch_of(split, data.spec, rows, streams, device), At(0, 1, streams, averages)
-    objective.eval()
-    for phase in objective.phases:
-        try:
-            losses = objective(phase, batch, at)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(one_line(error)) from error
-        if tuple(losses.shape) != (len(rows),):
-            raise ConfigError(
-                f"An objective must return one loss per sample, ({len(rows)},), and the phase {phase!r} returns "
-                f"{tuple(losses.shape)}."
-            )
-    for buffer, value in kept:
-        buffer.copy_(value)
 
 
 def _accelerator(section: ConfigDict) -> Any:

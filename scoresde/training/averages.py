@@ -20,7 +20,7 @@ class Averages:
     (1 - d_n)(\theta - \bar\theta)` at the n-th update, n = 1, 2, … (`Average`). Buffers are copied. The copies are in
     evaluation mode; they are on the device and in the memory format that the parts had.
 
-    Source: Song et al. 2021, arXiv:2011.13456, app. G and H (the average), and the warm-up of their code.
+    Source: Song et al. 2021, arXiv:2011.13456, app. H (the average), and the warm-up of their code.
 
     Args:
         objective: its parts are followed as `objective.averages()` says.

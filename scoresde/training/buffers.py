@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,20 @@ def moving(module: nn.Module) -> Iterator[Tensor]:
         yield from module.buffers(recurse=False)
         for child in module.children():
             yield from moving(child)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """After a `with` block those buffers are what they were before, the ones that were assigned anew, too."""
+    owners = [owner for owner in module.modules() if not isinstance(owner, Codec)]
+    kept = [(owner, name, value) for owner in owners for name, value in owner._buffers.items() if value is not None]
+    values = [value.clone() for _, _, value in kept]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (owner, name, tensor), value in zip(kept, values, strict=True):
+                owner._buffers[name] = tensor.copy_(value)
 
 
 def same(tensors: Iterable[Tensor]) -> None:

@@ -17,6 +17,7 @@ from scoresde.storage.processes import process
 from scoresde.streams import Streams
 from scoresde.training.averages import Averages
 from scoresde.training.batches import batch_of
+from scoresde.training.buffers import unchanged
 from scoresde.training.samples import draw_samples
 
 ROWS = 256
@@ -34,7 +35,7 @@ def held_out_loss(
 ) -> float:
     """Mean loss of the averaged weights on held-out samples, always with the same times and noise; in full precision.
 
-    Every process takes some of the samples and knows the mean of all of them.
+    Every process takes some of the samples and knows the mean of all of them. Buffers stay as they are.
 
     Args:
         objective: on its device; it is left in evaluation mode.
@@ -53,7 +54,7 @@ def held_out_loss(
     size = group * max(1, min(ROWS, -(-n // world)) // group)
     summed = torch.zeros((), dtype=torch.float64, device=device)
     objective.eval()
-    with averages.applied(), torch.no_grad():
+    with unchanged(objective), averages.applied(), torch.no_grad():
         for start in range(rank * size, n, world * size):
             chosen = range(start, min(start + size, n))
             streams = Streams(seed, chosen, of=n, key=("held out",), device=device)

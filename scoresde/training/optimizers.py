@@ -66,7 +66,8 @@ class PhaseOptions:
             ("warmup", self.warmup >= 0, ">= 0"),
             ("clip", self.clip >= 0.0, ">= 0"),
         ):
-            if not good:
+            if not good or math.isinf(getattr(self, name)):
+                wanted = wanted if not good else "finite"
                 raise ConfigError(f"training.{name} must be {wanted}, got {getattr(self, name)}.")
 
     def rate(self, n: int, fraction: float) -> float:
@@ -101,9 +102,15 @@ OPTIMIZERS: Mapping[str, Callable[[Weights, PhaseOptions], torch.optim.Optimizer
 }
 """Name -> function that makes the optimizer of some parameters with the options of a phase."""
 
-_KINDS: Mapping[str, Callable[[Any], Any]] = {
-    f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(PhaseOptions)
-}
+def _whole(value: Any) -> int:
+    number = int(value)
+    if not isinstance(value, str) and number != value:
+        raise ValueError(f"{value!r} is no whole number.")
+    return number
+
+
+_OF: Mapping[str, Callable[[Any], Any]] = {"int": _whole, "float": float, "str": str}
+_KINDS = {f.name: _OF[str(f.type)] for f in fields(PhaseOptions)}
 
 
 def common_options(section: ConfigDict) -> PhaseOptions:
@@ -134,7 +141,7 @@ def phase_options(section: ConfigDict, objective: Objective) -> dict[str, PhaseO
             lookup_entry(_KINDS, name, f"option of the phase {phase!r}")
         try:
             found[phase] = replace(common, **{name: _KINDS[name](value) for name, value in changes.items()})
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"Phase {phase!r}: {error}") from error
     return found
 

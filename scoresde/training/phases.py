@@ -36,13 +36,16 @@ class Phase:
         name: of the phase.
         options: of its optimizer.
         accelerator: wraps the phase's module.
+        unused: whether the loss leaves some weights without a gradient: several processes have to look for them.
 
     Attributes:
         parts: the parts that it trains, by their names.
         wrapper: what is called for a loss, `wrapper(batch, at)`.
     """
 
-    def __init__(self, objective: Objective, name: str, options: PhaseOptions, accelerator: Any) -> None:
+    def __init__(self, objective: Objective, name: str, options: PhaseOptions, accelerator: Any, unused: bool) -> None:
+        from accelerate.utils import DistributedDataParallelKwargs  # type: ignore[import-untyped]
+
         self.name, self.options, self.accelerator = name, options, accelerator
         module = _Wrapper(objective, name)
         self.parts: nn.ModuleDict = module.parts
@@ -50,6 +53,7 @@ class Phase:
         mine = set(self.weights)
         self._others = [p for p in objective.parameters() if p.requires_grad and p not in mine]
         self.optimizer = options.optimizer_of(self.weights)
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
         self.wrapper = accelerator.prepare_model(module)
         if isinstance(self.wrapper, nn.parallel.DistributedDataParallel):
             self.wrapper.broadcast_buffers = False  # after every update all of them are made the same, once

@@ -41,6 +41,8 @@ class State:
 
     def __init__(self, objective: Objective, averages: Averages, phases: Sequence[Phase]) -> None:
         self.objective, self.averages, self.phases = objective, averages, phases
+        self.frozen = {name: _digest(value) for name, value in objective.frozen().items()}
+        """SHA-256 of what the objective depends on and training leaves alone, by name."""
         trains = objective.trains
         average = averages.of(trains)
         self.result = (f"part.{trains}", f"part.{trains}" if average is None else f"average.{average}")
@@ -68,8 +70,7 @@ class State:
 
     def counters(self) -> dict[str, Any]:
         """What is no tensor, for state.json."""
-        objective = self.objective
-        return {"averages": self.averages.updates, "objective": path_of(objective), "frozen": digests(objective)}
+        return {"averages": self.averages.updates, "objective": path_of(self.objective), "frozen": self.frozen}
 
     def load(self, found: Checkpoint) -> None:
         """Go on from a checkpoint.
@@ -105,11 +106,6 @@ class State:
 def path_of(objective: Objective) -> str:
     """Where the class of an objective is, ``module:Class``."""
     return f"{type(objective).__module__}:{type(objective).__qualname__}"
-
-
-def digests(objective: Objective) -> dict[str, str]:
-    """SHA-256 of what the objective depends on and training leaves alone, by name."""
-    return {name: _digest(value) for name, value in objective.frozen().items()}
 
 
 def _digest(value: Path | nn.Module) -> str:

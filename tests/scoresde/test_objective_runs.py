@@ -13,7 +13,7 @@ from toy_objectives import TOYS, Adversarial, Consistency, Distilled, network, p
 from scoresde import config as configs
 from scoresde.config import ConfigError
 from scoresde.models import ScoreModel
-from scoresde.objectives import OBJECTIVES, Average
+from scoresde.objectives import OBJECTIVES, Average, Objective
 from scoresde.storage import CheckpointError, latest, load_model, read_checkpoint
 from scoresde.streams import Streams
 from scoresde.training import read_metrics, train
@@ -95,6 +95,17 @@ class Stop(Exception):
 
 
 CASES = {**TOYS, **{name: (lambda name=name: built(name)) for name in OBJECTIVES}}
+
+
+class Larger(Consistency):
+    """Its network has weights that nothing uses, as a condition's that is never given."""
+
+    def __init__(self):
+        super().__init__()
+        self.model.register_parameter("idle", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+
+
+CASES["unused weights"] = Larger
 CASES["uncertainty"] = lambda: built("edm", uncertainty=True)
 
 
@@ -352,13 +363,62 @@ def test_objectives_that_cannot_be_trained_are_refused(tmp_path):
         def forward(self, phase, batch, at):
             return super().forward(phase, batch, at).sum()
 
+    class Nothing(Distilled):
+        phases = {}  # noqa: RUF012
+
+    class Word(Distilled):
+        phases = {"train": "model"}  # noqa: RUF012
+
+    class Still(Distilled):
+        def __init__(self):
+            super().__init__()
+            self.model.requires_grad_(False)
+
+    class Idle(Distilled):
+        phases = {"train": ("model", "other")}  # noqa: RUF012
+
+        def __init__(self):
+            super().__init__()
+            self.other = network(2, 2)
+
+    class Mean(Distilled):
+        def forward(self, phase, batch, at):
+            return super().forward(phase, batch, at).mean(0, keepdim=True)
+
+    class Steep(Adversarial):
+        held_out = Objective.held_out
+
+    class Own(Distilled):
+        def frozen(self):
+            return {"teacher": self.model}
+
+    class Gone(Distilled):
+        def frozen(self):
+            return {"teacher": [self.teacher]}
+
+    class Alone(Distilled):
+        group = 0
+
+    class Half(Distilled):
+        optimizers = {"train": {"updates": 2.5}}  # noqa: RUF012
+
     for kind, message, changes in (
+        (Nothing, "The objective has no phase", {}),
+        (Word, r"needs a tuple of parts: \('model',\) instead of 'model'", {}),
+        (Still, "The phase 'train' trains nothing", {}),
+        (Idle, "The loss of the phase 'train' does not depend on the part 'other', which it trains", {}),
+        (Mean, r"one loss per sample, floats of shape \(2,\), and the phase 'train' returns .* of shape \(1,\)", {}),
+        (Steep, "`held_out` of the objective, by default .* fails without gradients: .* set training.eval_every=0", {}),
+        (Own, "What is frozen as 'teacher' has weights of the part 'model': keep a copy of its own", {}),
+        (Alone, "`group` of the objective must be an int >= 1, got 0", {}),
+        (Half, "Phase 'train': 2.5 is no whole number", {}),
+        (Distilled, "Phase 'train': training.learning_rate must be finite", {"phases": "train:learning_rate=inf"}),
         (Coupled, "couples 6 consecutive samples, and a part has 32", {}),
         (Loose, "'scale' of the objective is in no part", {}),
         (Shared, "'model' and 'other' share a weight", {}),
         (Lost, "The phase 'train' trains 'student', which is no part", {}),
         (Followed, "The average 'ema' is of 'teacher', which is no part", {}),
-        (Summed, r"one loss per sample, \(1,\), and the phase 'train' returns \(\)", {}),
+        (Summed, r"one loss per sample, .* and the phase 'train' returns torch.float64 of shape \(\)", {}),
         (Distilled, "Unknown phase 'critic'", {"phases": "critic:updates=2"}),
         (Distilled, "option of the phase 'train' 'update'. Did you mean 'updates'", {"phases": "train:update=2"}),
         (Distilled, "Phase 'train': training.updates must be >= 1", {"phases": "train:updates=0"}),
@@ -369,8 +429,29 @@ def test_objectives_that_cannot_be_trained_are_refused(tmp_path):
             run(tmp_path / "run", kind(), **changes)
         assert "\n" not in str(caught.value)
     with pytest.raises(TypeError, match="must be an Objective"):
-        run(tmp_path / "run", network(2, 2))
+        run(tmp_path / "run", object())
+    with pytest.raises(TypeError, match="What is frozen as 'teacher' must be a module or a file, got list"):
+        run(tmp_path / "run", Gone())
     assert not (tmp_path / "run").exists()
+
+
+def test_buffers_are_moved_by_training_alone(tmp_path):
+    """Neither the trial before the first step nor held-out losses leave a trace, in buffers that are assigned anew or
+    changed in place: how often is evaluated may change within a run."""
+
+    class Counting(Distilled):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("anew", torch.zeros(()))
+            self.model.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, phase, batch, at):
+            self.anew, self.model.seen = self.anew + 1, self.model.seen.add_(1)
+            return super().forward(phase, batch, at)
+
+    counting = Counting()
+    run(tmp_path, counting, eval_every=2, accumulation=2)
+    assert float(counting.anew) == float(counting.model.seen) == 12
 
 
 def test_rows_of_a_group_stay_together(tmp_path):
