@@ -108,8 +108,11 @@ def columns(text: str, labels_key: str = "") -> list[Column]:
     """Conditions that a text names, ``"pose:vector, text:tokens, style:class:12"``, and the classes of `labels_key`.
 
     Raises:
+        TypeError: for what is no text.
         ValueError: for a name or kind that is none, a number that is none or that the kind has not, or a name twice.
     """
+    if not isinstance(text, str):
+        raise TypeError(f'`conditions` must be a text such as "pose:vector, text:tokens", got {text!r}.')
     found = [Column("class_label", "class", 0, labels_key)] if labels_key else []
     for word in filter(None, (word.strip() for word in text.split(","))):
         name, kind, number, *more = (*(part.strip() for part in word.split(":")), "", "")[:4]
