@@ -73,6 +73,8 @@ class Objective(nn.Module):
     times), and have to be in one process's part. 1: every row by itself."""
     trains: ClassVar[str] = "model"
     """Name of the part that `result` is made of."""
+    paced: bool = False
+    """Whether the loss depends on `At.total`: then an interrupted run cannot be made longer."""
     ema_decay: float = 0.999
     """Decay of the average that `averages` has by default; a run sets it to ``training.ema_decay``."""
     optimizers: Mapping[str, Mapping[str, Any]] = {}

@@ -57,6 +57,14 @@ class Run:
     part_size: int
     hosts: Any
 
+    def to_train(self) -> None:
+        """Parts of phases into training mode, all others into evaluation mode."""
+        trained = {name for names in self.objective.phases.values() for name in names}
+        self.objective.train()
+        for name, part in self.objective.named_children():
+            if name not in trained:
+                part.eval()
+
     @property
     def device(self) -> torch.device:
         """Where this process computes."""

@@ -71,7 +71,8 @@ class Journal:
         found = read_checkpoint(newest)
         if not isinstance(found.state.get("config"), dict):
             raise CheckpointError(f"{newest / 'state.json'} is incomplete: it has no configuration.")
-        check_same_run(configs.from_dict(found.state["config"]), self.r.config, self.workdir)
+        paced = self.r.objective.paced or any(phase.options.decay != "constant" for phase in self.r.phases)
+        check_same_run(configs.from_dict(found.state["config"]), self.r.config, self.workdir, paced)
         return found
 
     def restore(self, found: Checkpoint) -> float:

@@ -197,7 +197,7 @@ class _Loop:
         """All phases once; returns learning rates and gradient norms by name."""
         r = self.r
         values: dict[str, Any] = {}
-        r.objective.train()
+        r.to_train()
         total = self._total(fraction)
         number = self.step * sum(phase.options.updates for phase in r.phases)
         for phase in r.phases:

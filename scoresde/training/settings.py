@@ -46,9 +46,10 @@ def check(config: ConfigDict) -> None:
     check_sampling(config, configs.make_law(config))
 
 
-def check_same_run(earlier: ConfigDict, config: ConfigDict, workdir: object) -> None:
-    """Raise a `ConfigError` that names the settings in which a run differs from the one that it is to continue."""
-    free = _FREE if config.training.decay != "constant" else (*_FREE, "training.steps")
+def check_same_run(earlier: ConfigDict, config: ConfigDict, workdir: object, paced: bool) -> None:
+    """Raise a `ConfigError` that names the settings in which a run differs from the one that it is to continue; its
+    length, too, if that shaped the steps that were done (`paced`)."""
+    free = _FREE if paced else (*_FREE, "training.steps")
     bad = [field for field in configs.differences(earlier, config) if not field.startswith(free)]
     if bad:
         was, now = dict(configs.flatten(earlier)), dict(configs.flatten(config))

@@ -338,6 +338,36 @@ def test_another_objective_is_refused(tmp_path):
         run(tmp_path, Distilled())
 
 
+def test_a_run_that_its_length_shaped_is_not_made_longer(tmp_path):
+    class Paced(Distilled):
+        paced = True
+
+    kinds = ((Paced, {}), (Distilled, {"phases": "train:decay=cosine"}), (Distilled, {}))
+    for i, (kind, changes) in enumerate(kinds):
+        run(tmp_path / f"{i}", kind(), decay="constant", steps=2, **changes)
+        if i < 2:
+            with pytest.raises(ConfigError, match=r"training\.steps was 2 and is 4"):
+                run(tmp_path / f"{i}", kind(), decay="constant", steps=4, **changes)
+    assert run(tmp_path / "2", Distilled(), decay="constant", steps=4).step == 4
+
+
+def test_parts_in_no_phase_are_left_alone(tmp_path):
+    class Guided(Distilled):
+        def __init__(self):
+            super().__init__()
+            self.still = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9)).double()
+
+        def forward(self, phase, batch, at):
+            assert not self.still.training and not (self.training and self.still[0].weight.requires_grad)
+            return super().forward(phase, batch, at) + self.still(batch.data).square().sum(1)
+
+    objective = Guided()
+    before = objective.still[0].weight.detach().clone()
+    run(tmp_path, objective)
+    assert torch.equal(objective.still[0].weight, before)
+    assert torch.equal(everything(tmp_path)[0]["part.still"]["0.weight"], before)  # and saved
+
+
 def test_objectives_that_cannot_be_trained_are_refused(tmp_path):
     class Coupled(Distilled):
         group = 6
