@@ -147,14 +147,19 @@ def test_of_one_process():
     assert shares.first([torch.zeros(2), torch.ones(2), torch.ones(1)]).tolist() == [0, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("name", ["ddim", "euler_maruyama", "predictor_corrector"])
-def test_samples_of_two_processes(name):
+def all_samples(cases: list[tuple[int, int, str]]) -> list[Any]:
+    return [samples(*case) for case in cases]
+
+
+def test_samples_of_two_processes():
     """Sample i belongs to seed i: bitwise those of one process where batches are the same, else to rounding.
 
     A batch of another size rounds its matrix products differently, a few units of 6e-8 over four steps of order one.
     """
-    results = {(n, size): in_processes(2, samples, n, size, name) for n, size in ((7, 2), (7, 16), (1, 4))}
-    for (n, size), ((data, nfe), (none, no_calls)) in results.items():
+    solvers, sizes = ("ddim", "euler_maruyama", "predictor_corrector"), ((7, 2), (7, 16), (1, 4))
+    cases = [(n, size, name) for name in solvers for n, size in sizes]
+    one, two = in_processes(2, all_samples, cases)
+    for (n, size, name), (data, nfe), (none, no_calls) in zip(cases, one, two, strict=True):
         alone, calls = samples(n, size, name)
         assert nfe == calls and len(alone) == n and none.shape == (0, 3, 4) and no_calls == []
         if size < n or n == 1:
