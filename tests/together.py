@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-PRELOADED = ["pytest", "torch._dynamo", *(f"scoresde.{part}" for part in ("cli", "training", "comparison", "likelihood"))]
+PRELOADED = ["pytest", "torch._dynamo", "scoresde.cli"]
+PRELOADED += ["scoresde.training", "scoresde.comparison", "scoresde.likelihood"]
 """What would take every process a second to import."""
 
 
