@@ -142,6 +142,8 @@ class Objective(nn.Module):
         if phase not in self.phases:
             raise ValueError(f"There is no phase {phase!r}; there are: {', '.join(self.phases)}.")
         batch = Batch(data, condition or {})
+        if isinstance(data, Tensor) and data.ndim and len(data) % self.group:
+            raise ValueError(f"This objective couples {self.group} consecutive samples: {len(data)} is no multiple.")
         if not isinstance(data, Tensor) or (data.device.type == "cpu" and not torch.compiler.is_compiling()):
             self.check(batch)
         seed = int(torch.randint(2**63 - 1, (), generator=rng, device="cpu"))

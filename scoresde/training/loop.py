@@ -89,7 +89,9 @@ def train(
         callback: called with (step, metrics) after every logged step. An exception it raises ends the run.
         model: the model to train, instead of that of the sections `sde`, `network` and `model`; it is trained in place.
             One whose `config()` says how it is built comes back by `load_model`; of others, weights alone are saved.
-        objective: what to train and on what loss, its model included, instead of that of the section `objective`.
+        objective: what to train and on what loss, its model included, instead of that of the section `objective`. A
+            run goes on with an objective of the same class, parts and options of its phases; that what its constructor
+            was given is the same, too, is left to the caller.
         data: what to train on, instead of the section `data`.
 
     Raises:

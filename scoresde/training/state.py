@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,12 @@ class State:
 
     def counters(self) -> dict[str, Any]:
         """What is no tensor, for state.json."""
-        return {"averages": self.averages.updates, "objective": path_of(self.objective), "frozen": self.frozen}
+        return {
+            "averages": self.averages.updates,
+            "objective": path_of(self.objective),
+            "frozen": self.frozen,
+            "phases": {phase.name: asdict(phase.options) for phase in self.phases},
+        }
 
     def load(self, found: Checkpoint) -> None:
         """Go on from a checkpoint.
@@ -88,6 +94,14 @@ class State:
                     f"{where} was trained with another {name!r} than this one: its digest differs. Give the same one, "
                     "or start a new run in another --workdir."
                 )
+        for phase in self.phases:
+            before = state["phases"].get(phase.name, {})
+            for name, value in now["phases"][phase.name].items():
+                if before and before.get(name) != value:
+                    raise CheckpointError(
+                        f"{where} was trained with {name}={before.get(name)!r} in the phase {phase.name!r}, and the "
+                        f"objective has {value!r}. Give it the same one, or start a new run in another --workdir."
+                    )
         mine = self.tensors()
         if set(mine) != set(found.tensors):
             raise CheckpointError(f"{where} holds {_names(found.tensors)}, and the objective has {_names(mine)}.")

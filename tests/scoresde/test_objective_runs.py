@@ -368,6 +368,15 @@ def test_parts_in_no_phase_are_left_alone(tmp_path):
     assert torch.equal(everything(tmp_path)[0]["part.still"]["0.weight"], before)  # and saved
 
 
+def test_other_options_of_a_phase_are_refused(tmp_path):
+    """Two updates instead of one would take other samples from there on."""
+    begin(tmp_path, Adversarial())
+    other = Adversarial()
+    other.optimizers = {**other.optimizers, "critic": {"updates": 1, "learning_rate": 2e-2}}
+    with pytest.raises(CheckpointError, match="trained with updates=2 in the phase 'critic', and the objective has 1"):
+        run(tmp_path, other)
+
+
 def test_objectives_that_cannot_be_trained_are_refused(tmp_path):
     class Coupled(Distilled):
         group = 6
@@ -494,6 +503,8 @@ def test_rows_of_a_group_stay_together(tmp_path):
             losses = super().forward(phase, batch, at)
             return losses * losses.reshape(-1, 8).mean(1, keepdim=True).expand(-1, 8).reshape(-1)
 
+    with pytest.raises(ValueError, match="couples 8 consecutive samples: 12 is no multiple"):
+        Coupled().loss(points().train.data[:12])
     run(tmp_path / "1", Coupled(), steps=2)
     run(tmp_path / "4", Coupled(), steps=2, accumulation=4)
     same_training(tmp_path / "1", tmp_path / "4")
