@@ -173,9 +173,8 @@ def test_a_run_under_guidance_is_one_graph():
     guided = ClassifierFreeGuidance(model.reverse(condition), 2.0, drop=("text", "class_label"))
 
     def run(x: Tensor) -> Tensor:
-        return solve(guided, x, DDIM(), steps=3, check=False).x
+        return solve(guided, x, DDIM(), steps=2, check=False).x
 
-    model.network.forward = lambda x, level, **given: RowWise.forward(model.network, x, level, **given)
     with torch.no_grad():
         expected = run(x)
         compiled = torch.compile(run, fullgraph=True, backend="eager")(x)
