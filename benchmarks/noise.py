@@ -1,4 +1,5 @@
-"""What noise costs: one batched draw, a seed per sample, a shared Brownian path, torchsde's Brownian tree.
+"""What noise costs: one batched draw, a seed per sample, a shared Brownian path, torchsde's Brownian tree; and what a
+training step draws from its streams.
 
     python benchmarks/noise.py
 
@@ -13,6 +14,7 @@ from itertools import pairwise
 import torch
 import torchsde
 
+from scoresde.streams import Streams
 from sde_lib import VPSDE
 from solvers import BrownianPath, as_draw, make_knots
 
@@ -58,6 +60,18 @@ def main() -> None:
         print(
             f"| {shape} | {plain:.0f} | {seeded:.0f} | {seeded / plain:.1f} | {ours:.0f} | {theirs:.0f} |", flush=True
         )
+    shape = (3, 32, 32)
+    streams = Streams(0, range(128), of=128)
+    draws: dict[str, Callable[[], object]] = {
+        "torch.randn": lambda: torch.randn(128, *shape),
+        "streams at another step": lambda: streams.at(step=7),
+        "normal": lambda: streams.normal("noise", shape),
+        "uniform": lambda: streams.uniform("dequantization", shape),
+        "lattice": lambda: streams.lattice("times"),
+    }
+    print(f"\n| 128 x {' x '.join(map(str, shape))} | us |\n|---|---|")
+    for name, one in draws.items():
+        print(f"| {name} | {best(one, 200):.0f} |", flush=True)
 
 
 if __name__ == "__main__":
