@@ -16,12 +16,10 @@ class Batch:
     Attributes:
         data: (B, *D) in data units: integers where there are levels.
         condition: conditions by name, the batch first at every depth.
-        pair: a second sample that belongs to each, (B, *E), for objectives between two data sets; None without.
     """
 
     data: Tensor
     condition: Mapping[str, Any] = field(default_factory=dict)
-    pair: Tensor | None = None
 
     def __len__(self) -> int:
         return self.data.shape[0]

@@ -58,10 +58,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, config: Mappi
         TypeError: for what is not a tensor, or of a dtype that is not stored (complex, quantized).
         OSError: if the disk is full or the file cannot be written.
     """
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name!r} cannot be stored: expected a real, whole or bool tensor, got {kind}.")
+    check_storable(tensors)
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     entry = json.dumps({"format": FORMAT, "model": config}, allow_nan=False, sort_keys=True)
     header: dict[str, Any] = {"__metadata__": {KEY: BLANK, "format": "pt", "scoresde": entry}}
@@ -86,6 +83,14 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, config: Mappi
         file.seek(found[0])
         file.write(digest.hexdigest().encode())
     return digest.hexdigest()
+
+
+def check_storable(tensors: Mapping[str, Any]) -> None:
+    """Raise a TypeError that names what cannot be written: no tensor, or of a dtype that is not stored."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name!r} cannot be stored: expected a real, whole or bool tensor, got {kind}.")
 
 
 def _bytes(value: Tensor) -> Any:

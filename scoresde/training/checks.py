@@ -14,6 +14,7 @@ from scoresde.config import ConfigError
 from scoresde.data import DataSpec, Split
 from scoresde.objectives import At, Average, Objective
 from scoresde.storage.files import one_line
+from scoresde.storage.tensors import check_storable, not_finite
 from scoresde.streams import Streams
 from scoresde.training.batches import batch_of
 from scoresde.training.buffers import unchanged
@@ -48,8 +49,15 @@ def check_objective(objective: Any, ema_decay: float) -> None:
     own = [name for name, _ in objective.named_parameters(recurse=False)]
     if own:
         raise ConfigError(f"The parameter {own[0]!r} of the objective is in no part: put it into a module of its own.")
+    check_storable(objective.state_dict())
     seen: dict[Any, str] = {}
     for name, part in parts.items():
+        bad = not_finite(part.state_dict())
+        if bad is not None:
+            raise ConfigError(
+                f"{bad!r} of the part {name!r} is NaN or infinite, which no checkpoint takes: a mask or a table is "
+                "registered by register_buffer(…, persistent=False)."
+            )
         for weight in part.parameters():
             if seen.setdefault(weight, name) != name:
                 raise ConfigError(f"The parts {seen[weight]!r} and {name!r} share a weight: make them one part.")

@@ -438,6 +438,16 @@ def test_objectives_that_cannot_be_trained_are_refused(tmp_path):
     class Alone(Distilled):
         group = 0
 
+    class Masked(Distilled):
+        def __init__(self):
+            super().__init__()
+            self.model.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+
+    class Complex(Distilled):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("wave", torch.zeros(2, dtype=torch.complex64))
+
     class Half(Distilled):
         optimizers = {"train": {"updates": 2.5}}  # noqa: RUF012
 
@@ -450,6 +460,7 @@ def test_objectives_that_cannot_be_trained_are_refused(tmp_path):
         (Steep, "`held_out` of the objective, by default .* fails without gradients: .* set training.eval_every=0", {}),
         (Own, "What is frozen as 'teacher' has weights of the part 'model': keep a copy of its own", {}),
         (Alone, "`group` of the objective must be an int >= 1, got 0", {}),
+        (Masked, "'mask' of the part 'model' is NaN or infinite, .* persistent=False", {}),
         (Half, "Phase 'train': 2.5 is no whole number", {}),
         (Distilled, "Phase 'train': training.learning_rate must be finite", {"phases": "train:learning_rate=inf"}),
         (Coupled, "couples 6 consecutive samples, and a part has 32", {}),
@@ -471,6 +482,8 @@ def test_objectives_that_cannot_be_trained_are_refused(tmp_path):
         run(tmp_path / "run", object())
     with pytest.raises(TypeError, match="What is frozen as 'teacher' must be a module or a file, got list"):
         run(tmp_path / "run", Gone())
+    with pytest.raises(TypeError, match=r"'wave' cannot be stored: .* got torch.complex64"):
+        run(tmp_path / "run", Complex())
     assert not (tmp_path / "run").exists()
 
 
