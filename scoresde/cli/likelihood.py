@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         return
     if arguments.convergence and not isinstance(model.law, Chain):
         given = mapped(lambda value: value[:8].to(model.device), condition)
-        x = model.encode(data[:8]).to(model.device, model.dtype)
+        x = model.encode(data[:8].to(model.device)).to(model.dtype)
         settled = convergence(model.reverse(given), x, seed=options["seed"], sigma_data=model.sigma_data)
         print(settled.table())
         summary["convergence"] = vars(settled)

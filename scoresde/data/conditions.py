@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 KINDS = ("class", "vector", "image", "tokens")
-TAKEN = ("self", "x", "noise_level", "target_noise_level", "augment_label")
-"""Arguments of networks that are no conditions."""
+TAKEN = ("self", "x", "t", "knot", "noise_level", "target_noise_level", "augment_label")
+"""Arguments of networks and models that are no conditions."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,13 @@ class ConditionSpec:
 
         Raises:
             TypeError: for a value of another type.
-            ValueError: for another shape, or classes or words out of range. Tensors on an accelerator are not looked
-                into, which would wait for it.
+            ValueError: for another shape, or classes or words out of range; what tokens are where the mask is False is
+                not looked at. Tensors on an accelerator are not looked into, which would wait for it.
         """
         if self.kind == "tokens":
             if not isinstance(value, Mapping) or set(value) != {"tokens", "mask"}:
-                raise TypeError(f'Condition `{name}` must be a mapping {{"tokens": …, "mask": …}}, got {_kind(value)}.')
+                got = f"one of {', '.join(map(repr, value))}" if isinstance(value, Mapping) else _kind(value)
+                raise TypeError(f'Condition `{name}` must be a mapping {{"tokens": …, "mask": …}}, got {got}.')
             _check_tensor(f"{name}.tokens", value["tokens"], self.shape, n, not self.classes)
             mask = value["mask"]
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -99,10 +100,13 @@ class ConditionSpec:
                 wanted = f"(B, {self.shape[0]})"
                 raise ValueError(f"Condition `{name}.mask` must have shape {wanted}, got {tuple(mask.shape)}.")
             value = value["tokens"]
+            absent = ~mask.reshape(*mask.shape, *[1] * (value.ndim - 2))
         else:
             _check_tensor(name, value, self.shape, n, self.kind != "class")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
+        if self.kind == "tokens":
+            value = value.masked_fill(absent, 0)
         if self.classes:
             most = self.classes if self.kind == "class" else self.classes - 1
             low, high = int(value.min()), int(value.max())
@@ -175,16 +179,16 @@ def mapped(fn: Callable[[Tensor], Any], value: Any) -> Any:
     return {name: mapped(fn, v) for name, v in value.items()} if isinstance(value, Mapping) else value
 
 
-
 def _kind(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check_tensor(name: str, value: Any, shape: tuple[int, ...], n: int | None, floating: bool) -> None:
-    wanted = "a floating-point tensor" if floating else "an int64 tensor, e.g. torch.tensor([0, 3]),"
-    if not isinstance(value, Tensor) or value.is_complex() or value.is_floating_point() != floating:
+    wanted = "a floating-point tensor" if floating else "an int64 tensor, e.g. torch.tensor([0, 3])"
+    fits = isinstance(value, Tensor) and (value.is_floating_point() if floating else value.dtype == torch.int64)
+    if not fits:
         raise TypeError(f"Condition `{name}` must be {wanted}, got {_kind(value)}.")
-    size = ", ".join(map(str, ("B" if n is None else n, *shape)))
+    size = ", ".join(map(str, ("B" if n is None else n, *shape))) + "," * (not shape)
     if tuple(value.shape[1:]) != shape or value.ndim == 0 or (n is not None and len(value) != n):
         raise ValueError(f"Condition `{name}` must have shape ({size}), got {tuple(value.shape)}.")
     if len(value) == 0:

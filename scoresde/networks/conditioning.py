@@ -15,6 +15,8 @@ from scoresde.networks.embeddings import FourierEmbedding, SinusoidalEmbedding, 
 
 EMBEDDINGS = ("sinusoidal", "fourier")
 CLASS_ENTRIES = ("condition", "features")
+WHOLE = (torch.int64, torch.int32)
+"""What tables are indexed by."""
 
 
 class Embedded(NamedTuple):
@@ -190,10 +192,10 @@ class ConditionEmbedding(nn.Module):
             elif spec.kind == "tokens":
                 if not isinstance(value, Mapping) or set(value) != {"tokens", "mask"}:
                     raise TypeError(f'`{name}` must be a mapping {{"tokens": …, "mask": …}}.')
-                _check_shape(f"{name}.tokens", value["tokens"], (n, *spec.shape))
-                _check_shape(f"{name}.mask", value["mask"], (n, spec.shape[0]))
+                _check_shape(f"{name}.tokens", value["tokens"], (n, *spec.shape), WHOLE if spec.classes else ())
+                _check_shape(f"{name}.mask", value["mask"], (n, spec.shape[0]), (torch.bool,))
             else:
-                _check_shape(name, value, (n, *spec.shape))
+                _check_shape(name, value, (n, *spec.shape), WHOLE if spec.classes else ())
             given[name] = value
         return given
 
@@ -234,9 +236,11 @@ def _two_maps(inputs: int, width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), zeroed(nn.Linear(width, width)))
 
 
-def _check_shape(name: str, value: Any, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}.")
+    if dtypes and value.dtype not in dtypes:
+        raise TypeError(f"`{name}` must be a tensor of {str(dtypes[0]).removeprefix('torch.')}, got {value.dtype}.")
     if tuple(value.shape) != shape:
         raise ValueError(f"`{name}` must have shape {shape}, got {tuple(value.shape)}.")
 

@@ -155,6 +155,9 @@ def test_what_does_not_fit_is_refused(name):
         ({"text": {"tokens": text}}, TypeError, "mapping"),
         ({"text": {"tokens": text[:, :2], "mask": mask[:, :2]}}, ValueError, r"`text.tokens` must have .*\(5, 5, 6\)"),
         ({"text": {"tokens": text, "mask": mask[:2]}}, ValueError, r"`text.mask` must have shape \(5, 5\)"),
+        ({"text": {"tokens": text, "mask": mask.float()}}, TypeError, "`text.mask` must be a tensor of bool, got torch.fl"),
+        ({"type": given["type"].byte()}, TypeError, "`type` must be a tensor of int64, got torch.uint8"),
+        ({"words": {**given["words"], "tokens": mask}}, TypeError, "`words.tokens` must be a tensor of int64"),
     ):
         with pytest.raises(error, match=words):
             net(x, level, **given | condition)
@@ -174,6 +177,8 @@ def test_what_does_not_fit_is_refused(name):
         ({"class_label": {"classes": 3}}, ValueError, "has to have a `kind`"),
         ({"x": {"kind": "class", "classes": 2}}, ValueError, "got 'x'"),
         ({"noise_level": {"kind": "class", "classes": 2}}, ValueError, "got 'noise_level'"),
+        ({"t": {"kind": "class", "classes": 2}}, ValueError, "got 't'"),
+        ({"knot": {"kind": "class", "classes": 2}}, ValueError, "got 'knot'"),
         ({"a.b": {"kind": "class", "classes": 2}}, ValueError, "got 'a.b'"),
         ({"class": {"kind": "class", "classes": 2}}, ValueError, "got 'class'"),
     ],
@@ -191,6 +196,27 @@ def test_images_of_other_sides_are_refused_where_they_join_the_channels():
         with pytest.raises(ValueError, match="`low` is of 4 x 4 pixels, the data are of 8 x 8"):
             NETWORKS[name]((1, 8, 8), small)
     assert MLP((6,), small)(torch.zeros(2, 6), torch.zeros(2), low=torch.zeros(2, 3, 4, 4)).shape == (2, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+def test_classes_and_words_are_int64(dtype):
+    """Tables of torch take no other integers but int32, and nulls are int64."""
+    specs = {"y": ConditionSpec("class", classes=3), "text": ConditionSpec("tokens", (2,), classes=3)}
+    spec, y = DataSpec((2,), conditions=specs), torch.zeros(4, dtype=dtype)
+    text = {"tokens": y[:, None].expand(4, 2), "mask": torch.ones(4, 2, dtype=torch.bool)}
+    for name, value in (("y", y), ("text", text)):
+        with pytest.raises(TypeError, match=f"Condition `{name}.*must be an int64 tensor.*got {dtype}"):
+            spec.check_condition({name: value})
+
+
+def test_what_is_behind_the_mask_is_not_looked_at():
+    """As networks do: padding of any kind is none."""
+    specs = {"text": ConditionSpec("tokens", (2, 1)), "words": ConditionSpec("tokens", (2,), classes=3)}
+    spec, mask = DataSpec((2,), conditions=specs), torch.tensor([[True, False]])
+    spec.check_condition({"text": {"tokens": torch.tensor([[[1.0], [math.nan]]]), "mask": mask}})
+    spec.check_condition({"words": {"tokens": torch.tensor([[2, -1]]), "mask": mask}})
+    with pytest.raises(ValueError, match="`words` must be in 0 … 2, got values from -1 to 0"):
+        spec.check_condition({"words": {"tokens": torch.tensor([[2, -1]]), "mask": ~mask}})
 
 
 def test_an_image_is_one_that_was_concatenated_to_the_channels():
