@@ -300,7 +300,7 @@ def test_conditions_are_checked_and_told_apart(tmp_path):
         bits_per_dim(model, z, condition=condition, path=path, **options)
     for given, error, message in (
         ({"label": z}, ValueError, "no condition 'label'.*class_label, text"),
-        ({"class_label": torch.zeros(6, dtype=torch.int64)}, ValueError, r"class_label` must have shape \(7\)"),
+        ({"class_label": torch.zeros(6, dtype=torch.int64)}, ValueError, r"class_label` must have shape \(7,\)"),
         ({"class_label": [0] * 7}, TypeError, "int64 tensor"),
         (torch.zeros(7), TypeError, "must be a mapping"),
     ):
