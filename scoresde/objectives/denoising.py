@@ -100,17 +100,6 @@ class DenoisingScoreMatching(Objective):
         x_0, knot, noise = self._drawn(batch, at.streams)
         return self._losses(x_0, knot, noise, noise, batch.condition)
 
-    def check(self, batch: Batch) -> None:
-        spec = self.model.data_spec
-        if spec is None:
-            check_state("data", batch.data)
-        else:
-            spec.check(batch.data)
-        if spec is not None and spec.conditions:
-            spec.check_condition(batch.condition, len(batch))
-        else:
-            self.model.check_condition(batch.condition)
-
     # --- at times of one's own ----------------------------------------------------------------------------------------
     def at_times(
         self, x_0: Tensor, t: Tensor, noise: Tensor, condition: Mapping[str, Any] | None = None

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from scoresde.data.batch import Batch
 from scoresde.data.conditions import mapped
+from scoresde.models import ScoreModel
 from scoresde.streams import Streams
+from sde_lib._checks import check_state
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,20 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def check(self, batch: Batch) -> None:
-        """Raise TypeError or ValueError unless a batch is what the loss is of: asked once by the loop, no more."""
+        """Raise TypeError or ValueError unless a batch is what the loss is of: asked once by the loop, no more. By
+        default a tensor, and what the specification of the `result` says where that is a `ScoreModel`."""
+        model = self.result()
+        spec = model.data_spec if isinstance(model, ScoreModel) else None
+        if not isinstance(batch.data, Tensor):
+            raise TypeError(f"Data must be a tensor (torch.as_tensor), got {type(batch.data).__name__}.")
+        if spec is not None:
+            spec.check(batch.data)
+        if spec is not None and spec.conditions:
+            spec.check_condition(batch.condition, len(batch))
+        elif isinstance(model, ScoreModel):
+            if spec is None:
+                check_state("data", batch.data)
+            model.check_condition(batch.condition)
 
     def held_out(self, batch: Batch, at: At) -> Tensor:
         """(B,) losses of held-out samples, with averaged weights and without gradients; of the first phase by default

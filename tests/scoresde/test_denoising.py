@@ -246,7 +246,7 @@ def test_a_loop_of_your_own(name):
         objective.loss(data, {"class_label": labels.float()})
     with pytest.raises(ValueError, match="train"):
         objective.loss(data, phase="generator")
-    with pytest.raises(ValueError, match=r"\(6\)"):
+    with pytest.raises(ValueError, match=r"\(6,\)"):
         objective.loss(data, {"class_label": labels[:3]})
     with pytest.raises(ValueError, match="class_lable"):
         objective.loss(data, {"class_lable": labels})
