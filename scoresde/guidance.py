@@ -153,8 +153,10 @@ class ClipData(Wrapper):
 
     Args:
         inner: reverse SDE.
-        low: lowest value in model units.
-        high: highest value in model units.
+        low: lowest value of all elements of a state without noise, in model units: -1 for integers under the default
+            codec.
+        high: highest value, likewise: 1. Other codecs have other bounds: those that standardise have the data's,
+            (low - shift) / scale, and those that mix elements (PCA, Haar) have none that are the same for all.
     """
 
     def __init__(self, inner: ReverseSDE, low: float = -1.0, high: float = 1.0) -> None:
@@ -181,8 +183,9 @@ def inpaint(known: Tensor, mask: Tensor) -> Project:
     this does neither).
 
     Args:
-        known: data in model units, shape (B, *D) or D.
-        mask: True (or 1) where the data are known, broadcastable to (B, *D).
+        known: states of the known data, ``model.encode(data)``, shape (B, *D) or D.
+        mask: True (or 1) where states are known, broadcastable to (B, *D): elements of the state, which are those of
+            the data unless the codec mixes them (PCA, Haar).
 
     Raises:
         TypeError: if `known` or `mask` is no tensor.

@@ -1,4 +1,4 @@
-"""What every data source yields: a training split, a held-out split, and how the numbers map to model units."""
+"""What every data source yields: a training split, a held-out split, and what the data are."""
 
 from __future__ import annotations
 

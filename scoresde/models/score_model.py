@@ -177,13 +177,22 @@ class ScoreModel(nn.Module):
             u: in [0, 1), dequantizes integers; 1/2, the middles of their bins, if None.
             dtype: of the states.
             draw: noise of codecs that are random.
+
+        Raises:
+            ValueError: for data of another shape.
         """
         spec, codec = self._specified()
+        _check_rows("Data", data, spec.shape)
         return codec.encode(spec.dequantize(data, u, dtype), draw)
 
     def decode(self, x: Tensor) -> Tensor:
-        """States as data: integers (int64) where there are levels."""
+        """States (B, *state_shape) as data: integers (int64) where there are levels.
+
+        Raises:
+            ValueError: for states of another shape.
+        """
         spec, codec = self._specified()
+        _check_rows("States", x, codec.state_shape)
         return spec.quantize(codec.decode(x))
 
     def _specified(self) -> tuple[DataSpec, Codec]:
@@ -316,6 +325,11 @@ class ScoreModel(nn.Module):
         if guidance != 1.0:
             rev = ClassifierFreeGuidance(rev, guidance)
         return self.decode(sample(rev, shape, solver, device=self.device, **options).x)
+
+
+def _check_rows(what: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape[1:]) != shape or value.ndim == 0:
+        raise ValueError(f"{what} must have shape (B, {', '.join(map(str, shape))}), got {tuple(value.shape)}.")
 
 
 def _codec(codec: Codec | None, spec: DataSpec | None) -> Codec | None:

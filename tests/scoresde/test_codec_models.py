@@ -51,6 +51,16 @@ def gaussian_model(codec: Codec, spec: DataSpec, mean: torch.Tensor, covariance:
     return ScoreModel(Exact(states, law), law, "v", "time", spec, 1.0, "none", codec=codec).double()
 
 
+@pytest.mark.parametrize("codec", [Affine((1, 2, 2)), Haar((1, 2, 2))], ids=["affine", "haar"])
+def test_data_and_states_of_another_shape_are_refused(codec):
+    """By every codec, those too that could broadcast or reshape them."""
+    model = ScoreModel(nn.Identity(), VPSDE(), data_spec=DataSpec((1, 2, 2)), codec=codec)
+    with pytest.raises(ValueError, match=r"Data must have shape \(B, 1, 2, 2\), got \(4, 1, 4, 2\)"):
+        model.encode(torch.zeros(4, 1, 4, 2))
+    with pytest.raises(ValueError, match=r"States must have shape \(B, .*got \(1, 2, 2\)"):
+        model.decode(torch.zeros(1, 2, 2))
+
+
 @pytest.mark.parametrize("dequantization", ["uniform", "truncated_normal"])
 def test_bits_per_dim_do_not_see_a_rotation(dequantization):
     """The ODE of a rotated law is the rotated ODE, so that every error is the same, too: equal to rounding, 1e-10."""

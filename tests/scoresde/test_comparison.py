@@ -393,7 +393,7 @@ def test_conditions_of_a_model_in_a_comparison():
     found = compare(model, "ddim", condition={"class_label": torch.tensor([0, 1, 2, 0])}, guidance=2.0, **options)
     assert found.rows[0]["nfe"] == 4 and found.settings["guidance"] == 2.0
     for condition, error, message in (
-        ({"class_label": torch.tensor([0, 1, 3])}, ValueError, r"shape \(4\)"),
+        ({"class_label": torch.tensor([0, 1, 3])}, ValueError, r"shape \(4,\)"),
         ({"kind": torch.tensor([0, 1, 2, 0])}, ValueError, "no condition 'kind'"),
         (torch.tensor([0, 1, 2, 0]), TypeError, "a mapping"),
     ):
