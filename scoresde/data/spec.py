@@ -57,7 +57,7 @@ class DataSpec:
             raise ValueError(f"`layout` must name the {len(shape)} dimensions by a letter each, got {self.layout!r}.")
         object.__setattr__(self, "layout", layout)
         if self.range is not None:
-            low, high = self.range
+            low, high = self.range if isinstance(self.range, list | tuple) and len(self.range) == 2 else (1.0, 0.0)
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
                 raise ValueError(f"`range` must be two finite numbers, the lower one first, got {self.range!r}.")
             object.__setattr__(self, "range", (float(low), float(high)))
@@ -159,4 +159,6 @@ class DataSpec:
         unknown = [name for name in values if name not in known]
         if unknown:
             raise ValueError(f"A data specification has no entry {unknown[0]!r}; its entries: {', '.join(known)}.")
+        if "shape" not in values:
+            raise ValueError("A data specification needs its `shape`, e.g. [3, 32, 32].")
         return cls(**values)

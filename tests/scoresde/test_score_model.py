@@ -306,3 +306,13 @@ def test_a_kind_of_ones_own_comes_back_and_says_what_it_is(tmp_path):
         load_model(tmp_path / "other.safetensors")
     plain = ScoreModel.from_config(config)
     assert plain.config()["kind"] == "score_model" and plain.reverse().describes == "density"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"levels": 4}, "needs its `shape`"), ({"shape": [2], "range": 3}, "two finite"), ({"shape": [2], "range": [1]}, "two")],
+    ids=["shape", "number", "one"],
+)
+def test_specifications_that_a_file_cannot_hold_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        DataSpec.from_dict(values)
