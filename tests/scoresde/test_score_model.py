@@ -310,7 +310,7 @@ def test_a_kind_of_ones_own_comes_back_and_says_what_it_is(tmp_path):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"levels": 4}, "needs its `shape`"), ({"shape": [2], "range": 3}, "two finite"), ({"shape": [2], "range": [1]}, "two")],
+    [({"levels": 4}, "needs its `shape`"), ({"shape": [2], "range": 3}, "two"), ({"shape": [2], "range": [1]}, "two")],
     ids=["shape", "number", "one"],
 )
 def test_specifications_that_a_file_cannot_hold_are_refused(values, message):
