@@ -11,7 +11,7 @@ from scoresde.codecs import Codec
 from scoresde.data.conditions import mapped
 from scoresde.models.score_model import ScoreModel
 from sde_lib._checks import did_you_mean, options_of
-from sde_lib.reverse import Reverse
+from sde_lib.reverse import DESCRIBES, Reverse
 
 NO_DENSITY = {
     "guided": (
@@ -28,6 +28,9 @@ NO_DENSITY = {
 
 def check_density(asked: str, rev: Reverse) -> None:
     """Raise ValueError, with why and what to do, for a reverse that `asked` is not defined for: no density's."""
+    if rev.describes not in DESCRIBES:
+        known = ", ".join(DESCRIBES)
+        raise ValueError(f"`describes` of {type(rev).__name__} must be one of {known}, got {rev.describes!r}.")
     if rev.describes != "density":
         raise ValueError(f"{asked} needs the score of a density, and {NO_DENSITY[rev.describes]}.")
 

@@ -96,3 +96,11 @@ def test_scores_of_data_sets_ask_the_model():
     for function in (bits_per_dim, elbo_of_data):
         with pytest.raises(ValueError, match=f"{function.__name__} needs the score of a density.*a map"):
             function(model, X)
+
+
+def test_a_description_that_is_none_is_refused():
+    """A misspelt one would otherwise be taken for any other."""
+    rev = CLASSES.reverse(VPSDE())
+    rev.describes = "guid"
+    with pytest.raises(ValueError, match="must be one of density, guided, map, got 'guid'"):
+        log_likelihood(rev, X)
