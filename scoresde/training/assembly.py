@@ -17,7 +17,7 @@ from scoresde.storage.processes import hosts
 from scoresde.training.averages import Averages
 from scoresde.training.batches import Order, condition_dropout, placed
 from scoresde.training.buffers import moving, same
-from scoresde.training.checks import check_objective, tried
+from scoresde.training.checks import check_data, check_objective, tried
 from scoresde.training.optimizers import phase_options
 from scoresde.training.phases import Phase
 from scoresde.training.settings import PRECISIONS
@@ -91,6 +91,7 @@ def assembled(config: ConfigDict, model: nn.Module | None, objective: Objective 
     accelerator = _accelerator(t)
     device, world = accelerator.device, accelerator.num_processes
     data = configs.make_data(config) if data is None else data
+    check_data(data, t.eval_every > 0)
     if config.sampling.guidance != 1.0 and not data.spec.conditions:
         raise ConfigError(f"sampling.guidance={config.sampling.guidance} needs data with conditions; 1 is none.")
     torch.manual_seed(hashed(config.seed) >> 1)

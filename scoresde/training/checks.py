@@ -11,13 +11,28 @@ import torch
 from torch import Tensor, nn
 
 from scoresde.config import ConfigError
-from scoresde.data import DataSpec, Split
+from scoresde.data import Dataset, DataSpec, Split
 from scoresde.objectives import At, Average, Objective
 from scoresde.storage.files import one_line
 from scoresde.storage.tensors import check_storable, not_finite
 from scoresde.streams import Streams
 from scoresde.training.batches import batch_of
 from scoresde.training.buffers import unchanged
+
+
+def check_data(data: Any, held_out: bool) -> None:
+    """Raise unless the splits are what their specification says, every condition there; `held_out`: of those, too."""
+    if not isinstance(data, Dataset):
+        raise TypeError(f"`data` must be a Dataset, got {type(data).__name__}.")
+    for name, split in (("train", data.train), ("held_out", data.held_out))[: 2 if held_out else 1]:
+        try:
+            data.spec.check(split.data)
+            missing = [condition for condition in data.spec.conditions if condition not in split.condition]
+            if missing:
+                raise ValueError(f"The condition {missing[0]!r} of the specification is missing.")
+            data.spec.check_condition(split.condition, len(split))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"The split {name!r} of the data {data.name!r}: {one_line(error)}") from error
 
 
 def check_objective(objective: Any, ema_decay: float) -> None:
@@ -104,6 +119,10 @@ def tried(
     batches = [batch_of(split, spec, torch.arange(len(rows)) % len(split), streams, device) for split in splits]
     unused = {}
     with unchanged(objective):
+        try:
+            objective.check(batches[0])
+        except (TypeError, ValueError) as error:
+            raise ConfigError(one_line(error)) from error
         for phase, names in objective.phases.items():
             try:
                 losses = _checked(objective(phase, batches[0], at), len(rows), f"the phase {phase!r}")

@@ -12,6 +12,7 @@ from toy_objectives import TOYS, Adversarial, Consistency, Distilled, network, p
 
 from scoresde import config as configs
 from scoresde.config import ConfigError
+from scoresde.data import Dataset, Split
 from scoresde.models import ScoreModel
 from scoresde.objectives import OBJECTIVES, Average, Objective
 from scoresde.storage import CheckpointError, latest, load_model, read_checkpoint
@@ -485,6 +486,35 @@ def test_objectives_that_cannot_be_trained_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"'wave' cannot be stored: .* got torch.complex64"):
         run(tmp_path / "run", Complex())
     assert not (tmp_path / "run").exists()
+
+
+def test_data_that_are_not_what_they_say_are_refused(tmp_path):
+    """A label beyond the classes, and one missing, would have trained as none; NaN would have ended the run later."""
+
+    class Picky(Distilled):
+        def check(self, batch):
+            raise ValueError("not these")
+
+    good = points()
+    z, label = good.train.data, good.train.condition["class_label"]
+    for train_split, held_out, message in (
+        (Split(z, {}), good.held_out, "'train' of the data 'points': The condition 'class_label' .* is missing"),
+        (Split(z, {"class_label": label + 2}), good.held_out, "'train' .*: Condition `class_label` must be in 0 … 1"),
+        (Split(z.log(), good.train.condition), good.held_out, "'train' .*: Data contain NaN"),
+        (good.train, Split(z[:, :1], good.train.condition), r"'held_out' .*: Data must have shape \(B, 2\)"),
+        (good.train, good.held_out.rows(slice(0)), "'held_out' .*: Data are empty"),
+    ):
+        data = Dataset("points", train_split, held_out, good.spec)
+        with pytest.raises(ConfigError, match=message):
+            train(settings(), tmp_path / "run", progress=False, objective=Distilled(), data=data)
+    with pytest.raises(TypeError, match="`data` must be a Dataset, got Split"):
+        train(settings(), tmp_path / "run", progress=False, objective=Distilled(), data=good.train)
+    with pytest.raises(ConfigError, match="not these"):
+        run(tmp_path / "run", Picky())
+    assert not (tmp_path / "run").exists()
+    data = Dataset("points", good.train, good.held_out.rows(slice(0)), good.spec)  # which nothing looks at
+    config = settings(steps=1, eval_every=0)
+    assert train(config, tmp_path / "run", progress=False, objective=Distilled(), data=data).step == 1
 
 
 def test_buffers_are_moved_by_training_alone(tmp_path):
