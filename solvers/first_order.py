@@ -210,7 +210,7 @@ def denoising_error(rev: ReverseSDE, x_0: Tensor, half_log_snr: Sequence[float],
 
     Args:
         rev: reverse SDE with continuous time.
-        x_0: data in model units, (B, *D).
+        x_0: states without noise, in model units, (B, *D).
         half_log_snr: where to measure.
         seed: of the noise.
     """

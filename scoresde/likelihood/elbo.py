@@ -61,7 +61,7 @@ def elbo(
 
     Args:
         rev: reverse SDE, or of a chain, under the score of a density.
-        x: data in model units, (B, *D); the middles of the bins, ``model.encode(data)``, for integers.
+        x: states without noise, in model units, (B, *D); the middles of the bins, ``model.encode(data)``, for integers.
         times: network evaluations of the path per sample, even; on a chain at most so many: equally many, at least
             two, at every level where that is enough, otherwise two in each cell of equal range in lambda. None takes
             every level of a chain once, the first four twice; the standard error then comes from the differences of
