@@ -18,8 +18,11 @@ def arguments(p: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Train, and say how far it came."""
     from scoresde import config
+    from scoresde.storage.processes import process
     from scoresde.training import train
 
     settings = config.load(arguments.config, overrides)
     result = train(settings, arguments.workdir, resume=not arguments.no_resume)
-    print(f"{result.step} steps in {result.seconds:.0f} s; checkpoints in {Path(arguments.workdir) / 'checkpoints'}")
+    if process()[0] == 0:
+        folder = Path(arguments.workdir) / "checkpoints"
+        print(f"{result.step} steps in {result.seconds:.0f} s; checkpoints in {folder}")

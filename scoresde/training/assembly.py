@@ -160,7 +160,9 @@ def _accelerator(section: ConfigDict) -> Any:
         raise ImportError("Training needs Accelerate: pip install 'scoresde[train]'") from error
     # Accelerate keeps precision and device for the whole process; an earlier run in it may have had other ones
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    # without being told so, Accelerate takes processes of CPUs for as many runs of one process
+    cpu = section.cpu or not torch.accelerator.is_available()
     try:
-        return Accelerator(mixed_precision=PRECISIONS[section.precision], cpu=section.cpu)
+        return Accelerator(mixed_precision=PRECISIONS[section.precision], cpu=cpu)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"training.precision={section.precision!r} does not work here: {error}") from error

@@ -17,6 +17,7 @@ from together import in_processes
 
 from scoresde.cli import main
 from scoresde.storage.processes import process
+from scoresde.training.metrics import read_metrics
 
 TINY = ["data.digits.held_out=0.05", "network.name=mlp", "network.mlp.width=8", "network.mlp.depth=1"]
 TINY += ["training.batch_size=16", "training.steps=2", "training.tensorboard=False", "training.cpu=True"]
@@ -94,7 +95,8 @@ def test_a_comparison_is_that_of_one_process(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun(trained, tmp_path):
-    """As it is written in `scoresde --help`: options after `--` are the command's own."""
+    """As it is written in `scoresde --help`: options after `--` are the command's own. Training is one run of both
+    processes, on whatever device there is: its losses are those of one process."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "--"]
     words = ["scoresde", "sample", f"--workdir={trained}", "--device=cpu", "--n=6", f"--out={tmp_path / 'a.npz'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -102,3 +104,11 @@ def test_torchrun(trained, tmp_path):
     assert done.stdout.count("6 samples") == 1
     with np.load(tmp_path / "a.npz") as file:
         assert file["data"].shape == (6, 1, 8, 8)
+    words = ["train", "--config=toy_ring", "--config.training.steps=3", "--config.training.log_every=1"]
+    together = ["scoresde", *words, f"--workdir={tmp_path / 'two'}"]
+    done = subprocess.run([*torchrun, *together], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.count("3 steps") == 1
+    assert main([*words, f"--workdir={tmp_path / 'one'}"]) == 0
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    losses = [record["loss"] for record in one]
+    assert [record["loss"] for record in two] == pytest.approx(losses, rel=1e-5) and len(losses) == 3
