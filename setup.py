@@ -27,7 +27,7 @@ setup(
     package_dir={"scoresde.configs": "configs"},
     package_data={"scoresde": ["py.typed", "scoresde.mplstyle"], "sde_lib": ["py.typed"], "solvers": ["py.typed"]},
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         "torchsde>=0.2.6",
         "torchdiffeq>=0.2.4",
         "scipy>=1.11",
